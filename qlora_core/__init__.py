@@ -5,8 +5,9 @@ in a notebook or in a test. Importing this package imports no torch: the door op
 """
 
 from qlora_core.artifacts import Artifact, Metric
-from qlora_core.config import RunConfig, load_config
+from qlora_core.config import RunConfig
 from qlora_core.errors import QLoraError, UserError
+from qlora_core.recipe import load_config
 from qlora_core.store import Store
 
 __version__ = "0.1.0"

@@ -12,8 +12,9 @@ Every model is frozen and closed. The text below a field is its documentation ev
 JSON Schema that editors read, in Prefect's form, and in error messages.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -42,6 +43,9 @@ class Config(BaseModel):
             if not is_place and not isinstance(value, Runtime):
                 kept[name] = _plain(value)
         return kept
+
+
+C = TypeVar("C", bound=Config)
 
 
 class Runtime(Config):
@@ -346,28 +350,76 @@ class RunConfig(Config):
         return self
 
 
-def local_paths(base: Path, config: RunConfig) -> RunConfig:
-    """Return ``config`` with relative local paths made absolute against ``base``.
+def resolve_paths(config: "RunConfig", base_of: Callable[[str], Path]) -> "RunConfig":
+    """Return ``config`` with relative local paths made absolute.
 
-    Only what exists below ``base`` (or ends like a file) is taken for a path: ``org/name`` stays a
-    hub id, ``package:...`` stays a package reference.
+    Only what exists, or ends like a file, is taken for a path: ``org/name`` stays a hub id and
+    ``package:...`` a package reference.
+
+    Args:
+        config: The recipe.
+        base_of: The folder that a field's relative path starts at, by the field's dotted name.
     """
-    return config.model_validate(_absolute(base, config))
+    found = {name: absolute(base_of(name), uri) for name, uri in locators(config.model_dump())}
+    return _with_locators(config, found, "")
 
 
-def _absolute(base: Path, config: Config) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for name, field in type(config).model_fields.items():
-        value = getattr(config, name)
-        if isinstance(value, Config):
-            made[name] = _absolute(base, value)
+def locators(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, value) of every locator in a recipe's plain data, valid or not."""
+    yield from _locators_below(RunConfig, data, "")
+
+
+def absolute(base: Path, uri: str) -> str:
+    """Return ``uri`` absolute against ``base`` if it is a local path, else as it is."""
+    if uri.startswith(("package:", "hub:")) or "://" in uri:
+        return uri
+    path = Path(uri).expanduser()
+    looks_local = uri.startswith((".", "/", "~")) or uri.lower().endswith(_FILE_ENDINGS)
+    return str((base / path).resolve()) if looks_local or (base / path).exists() else uri
+
+
+_FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gguf", ".py", ".jinja", ".j2", ".txt")
+
+
+def _locators_below(
+    model: type[Config], data: Mapping[str, Any], prefix: str
+) -> Iterator[tuple[str, str]]:
+    for name, field in model.model_fields.items():
+        value, path = data.get(name), f"{prefix}{name}"
+        if isinstance(value, str) and _is_locator(field.annotation, field.metadata):
+            yield path, value
+        for part in config_types(field.annotation):
+            items = value if isinstance(value, list | tuple) else [value]
+            for index, item in enumerate(items):
+                if isinstance(item, Mapping):
+                    inner = f"{path}.{index}." if items is value else f"{path}."
+                    yield from _locators_below(part, item, inner)
+
+
+def _with_locators(config: C, found: Mapping[str, str], prefix: str) -> C:
+    changed: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        value, path = getattr(config, name), f"{prefix}{name}"
+        if path in found:
+            changed[name] = found[path]
+        elif isinstance(value, Config):
+            changed[name] = _with_locators(value, found, f"{path}.")
         elif isinstance(value, tuple):
-            made[name] = tuple(_absolute(base, v) if isinstance(v, Config) else v for v in value)
-        elif isinstance(value, str) and _is_locator(field.annotation, field.metadata):
-            made[name] = _absolute_text(base, value)
-        else:
-            made[name] = value
-    return made
+            changed[name] = tuple(
+                _with_locators(item, found, f"{path}.{index}.")
+                if isinstance(item, Config)
+                else item
+                for index, item in enumerate(value)
+            )
+    return config.model_copy(update=changed)
+
+
+def config_types(annotation: object) -> Iterator[type[Config]]:
+    """Yield the Config classes inside an annotation such as ``tuple[str | CustomScorer, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from config_types(part)
 
 
 def _is_locator(annotation: object, metadata: list[Any]) -> bool:
@@ -375,16 +427,3 @@ def _is_locator(annotation: object, metadata: list[Any]) -> bool:
     for part in getattr(annotation, "__args__", ()):
         marks += getattr(part, "__metadata__", ())
     return any(isinstance(mark, _Place) for mark in marks)
-
-
-_FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gguf", ".py", ".jinja", ".j2", ".txt")
-
-
-def _absolute_text(base: Path, value: str) -> str:
-    if value.startswith(("package:", "hub:")) or "://" in value:
-        return value
-    path = Path(value).expanduser()
-    looks_local = value.startswith((".", "/", "~")) or value.lower().endswith(_FILE_ENDINGS)
-    if path.is_absolute() or looks_local or (base / path).exists():
-        return str(path if path.is_absolute() else (base / path).resolve())
-    return value

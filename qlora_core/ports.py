@@ -201,4 +201,3 @@ def stage(
         return Stage(name, version, facts, packages, run)
 
     return wrap
-

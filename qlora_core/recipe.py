@@ -1,0 +1,279 @@
+"""Read a recipe: YAML that means what it looks like, checked once, all problems told at once.
+
+YAML 1.1, which PyYAML speaks, reads ``no`` as false, ``1:30`` as 90, ``012`` as ten and ``1e-4`` as
+text. Here a scalar is what YAML 1.2's core schema says: null, true/false, a number as everybody
+writes it, else text. Aliases and duplicate keys are refused (an alias bomb of a few lines unfolds
+into gigabytes), and so is a file of more than 256 KiB.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from qlora_core.config import (
+    Config,
+    RunConfig,
+    absolute,
+    config_types,
+    locators,
+    resolve_paths,
+)
+from qlora_core.errors import ConfigError
+
+MAX_BYTES = 256 * 1024
+_HUB_ID = re.compile(r"^(hub:)?[\w.-]+/[\w.-]+$")
+_FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+_INT = re.compile(r"^[-+]?\d+$")
+_CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False}
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a recipe.
+
+    Args:
+        path: The YAML file. Relative paths in it start at its folder.
+        overrides: ``dotted.name=value`` pairs that win over the file; the value is YAML, and a
+            relative path in it starts at the working folder, where it was typed.
+
+    Raises:
+        ConfigError: With every problem there is: field path, what was given, what would do.
+    """
+    path = Path(path)
+    data, lines = parse_yaml(_read(path), str(path))
+    overridden = [_apply_override(data, text) for text in overrides]
+
+    def base_of(name: str) -> Path:
+        typed = any(name == o or name.startswith(f"{o}.") for o in overridden)
+        return Path.cwd() if typed else path.resolve().parent
+
+    problems = _missing_files(data, base_of)
+    try:
+        # JSON, because pydantic's strict mode then takes lists for tuples but no text for numbers.
+        config = RunConfig.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        problems = _validation_problems(error, data) + problems
+    if problems:
+        located = [_with_line(p, lines) for p in problems]
+        raise ConfigError.of(located, str(path))
+    return resolve_paths(config, base_of)
+
+
+def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the document as plain data, and the line of each dotted field name.
+
+    Raises:
+        ConfigError: Not YAML, not a mapping, an alias, or a key given twice.
+    """
+    lines: dict[str, int] = {}
+    try:
+        node = yaml.compose(text, Loader=_NoAliasLoader)
+        value = _value(node, "", lines) if node else {}
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}" if mark else name
+        raise ConfigError(f"{where}: this is not readable YAML: {error.problem}.") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{name}: this is not readable YAML: {error}.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{name}: a recipe is a mapping of fields, but this is {_kind(value)}.",
+            fix="Begin with `name: my-run`, `model:` and `dataset:`.",
+        )
+    return value, lines
+
+
+class _NoAliasLoader(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not allowed in a recipe; write the value out",
+                problem_mark=event.start_mark,
+            )
+        return super().compose_node(parent, index)
+
+
+def _read(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: the recipe cannot be read: {error.strerror}.",
+            fix="Give the path of a YAML file, e.g. examples/cron/recipe.yaml.",
+        ) from error
+    if len(raw) > MAX_BYTES:
+        raise ConfigError(f"{path}: {len(raw)} bytes; a recipe has at most {MAX_BYTES}.")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}).") from error
+
+
+def _value(node: yaml.Node, path: str, lines: dict[str, int]) -> Any:
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(node)
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item, f"{path}.{i}", lines) for i, item in enumerate(node.value)]
+    made: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = str(key_node.value)
+        if key in made:
+            raise yaml.MarkedYAMLError(
+                problem=f"{key!r} is given twice", problem_mark=key_node.start_mark
+            )
+        inner = f"{path}.{key}".lstrip(".")
+        lines[inner] = key_node.start_mark.line + 1
+        made[key] = _value(value_node, inner, lines)
+    return made
+
+
+def _scalar(node: yaml.ScalarNode) -> Any:
+    text = node.value
+    if node.style is not None or node.tag == "tag:yaml.org,2002:binary":
+        return text
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    if _INT.match(text):
+        return int(text) if len(text) < 30 else text
+    return float(text) if _FLOAT.match(text) else text
+
+
+def _apply_override(data: dict[str, Any], text: str) -> str:
+    name, separator, value = text.partition("=")
+    if not separator or not name.strip():
+        raise ConfigError(
+            f"--set {text!r} is not of the form name=value.",
+            fix="For instance: --set training.learning_rate=1e-4",
+        )
+    name = name.strip()
+    try:
+        node = yaml.compose(value, Loader=_NoAliasLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text!r}: the value is not readable YAML.") from error
+    *parents, last = name.split(".")
+    place: Any = data
+    for step in parents:
+        if not isinstance(place.setdefault(step, {}), dict):
+            raise ConfigError(f"--set {text!r}: {step!r} is a value, not a group of fields.")
+        place = place[step]
+    place[last] = _value(node, name, {}) if node else None
+    return name
+
+
+def _missing_files(data: Mapping[str, Any], base_of: Any) -> list[tuple[str, str]]:
+    problems = []
+    for name, uri in locators(data):
+        found = absolute(base_of(name), uri)
+        is_hub = _HUB_ID.match(uri) and name.endswith(".source") and found == uri
+        if not (is_hub or found.startswith("package:") or "://" in found):
+            path = Path(found)
+            if not path.exists():
+                looked = f" (looked at {path})" if str(path) != uri else ""
+                problems.append((name, f"got {uri!r}, which does not exist{looked}"))
+            elif path.is_file() and path.stat().st_size == 0:
+                problems.append((name, f"got {uri!r}, which is an empty file"))
+    return problems
+
+
+def _validation_problems(error: ValidationError, data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    told: dict[str, list[str]] = {}
+    for detail in error.errors():
+        name = _dotted(detail["loc"], data)
+        told.setdefault(name, []).append(_message(detail, name))
+    return [(name, "; or ".join(dict.fromkeys(texts))) for name, texts in told.items()]
+
+
+def _dotted(loc: tuple[int | str, ...], data: Any) -> str:
+    """Keep the steps that exist in the data, or name a field: pydantic adds union branches."""
+    steps: list[str] = []
+    for index, step in enumerate(loc):
+        is_last = index == len(loc) - 1
+        if isinstance(data, Mapping) and (step in data or is_last):
+            steps.append(str(step))
+            data = data.get(str(step))
+        elif isinstance(data, list) and isinstance(step, int):
+            steps.append(str(step))
+            data = data[step] if step < len(data) else None
+    return ".".join(steps)
+
+
+def _message(detail: ErrorDetails, name: str) -> str:
+    kind, given, context = detail["type"], detail["input"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"there is no such field{_did_you_mean(name)}"
+    if kind == "missing":
+        return f"is missing{_documentation(name)}"
+    if kind == "value_error":
+        return str(context.get("error", detail["msg"]))
+    if kind == "literal_error":
+        return f"got {_short(given)}; choose {context['expected']}"
+    if kind == "string_pattern_mismatch":
+        return f"got {_short(given)}; use letters, digits, '.', '_' and '-' only, e.g. \"my-run\""
+    example = _example(name)
+    return f"got {_short(given)}; {detail['msg'].removeprefix('Input ')}{example}"
+
+
+def _did_you_mean(name: str) -> str:
+    parent, _, last = name.rpartition(".")
+    model = _model_at(parent)
+    if model is None:
+        return ""
+    names = list(model.model_fields)
+    close = difflib.get_close_matches(last, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; fields here are {', '.join(names)}"
+
+
+def _documentation(name: str) -> str:
+    parent, _, last = name.rpartition(".")
+    model = _model_at(parent)
+    field = model.model_fields.get(last) if model else None
+    text = " ".join((field.description or "").split()) if field else ""
+    return f": {text}" if text else ""
+
+
+def _example(name: str) -> str:
+    parent, _, last = name.rpartition(".")
+    model = _model_at(parent)
+    field = model.model_fields.get(last) if model else None
+    default = field.default if field is not None and not field.is_required() else None
+    is_plain = isinstance(default, str | int | float | bool)
+    return f", e.g. {json.dumps(default)}" if is_plain else ""
+
+
+def _model_at(path: str) -> type[Config] | None:
+    model: type[Config] = RunConfig
+    for step in path.split(".") if path else []:
+        if step.isdigit():  # an item of a list: its type was found at the list
+            continue
+        field = model.model_fields.get(step)
+        found = next(config_types(field.annotation), None) if field else None
+        if found is None:
+            return None
+        model = found
+    return model
+
+
+def _with_line(problem: tuple[str, str], lines: Mapping[str, int]) -> str:
+    name, text = problem
+    line = lines.get(name)
+    where = f"{name} (line {line})" if line else name
+    return f"{where}: {text}" if name else text
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _kind(value: object) -> str:
+    return {list: "a list", str: "text", type(None): "empty"}.get(type(value), "a single value")
