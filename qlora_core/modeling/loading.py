@@ -1,0 +1,258 @@
+"""Open models and tokenizers: the person's original one, and the quantised base made from it.
+
+Originals come as a hub id, a folder or a `.gguf` file, and are vetted before transformers opens
+them (see `vetting`). The base comes as a 4-bit checkpoint that a stage of ours sealed, so every
+worker and every evaluation reads 4-bit bytes and never the 16-bit model.
+
+Two things would surprise a reader. transformers only *warns* when a checkpoint lacks a layer, and
+starts that layer at random: here it is an error. And on a CPU with AVX512-BF16, bitsandbytes
+repacks 4-bit weights in place at the first forward in eval mode and then multiplies in bfloat16
+whatever the compute dtype: so the same base would answer differently on another CPU, and anything
+that reads the packed bytes afterwards would read noise. `load_base` turns that off.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from qlora_core.config import ModelConfig
+from qlora_core.errors import ArtifactError, ModelError, QLoraError
+from qlora_core.modeling.vetting import vet_folder, vet_weights
+from qlora_core.sources import Source
+
+UNLIMITED_CONTEXT = 1 << 30
+"""Context length [tokens] of models that state none, such as those with ALiBi positions."""
+
+_TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where transformers finds a model."""
+
+    folder: Path
+    gguf: str | None
+    model: ModelConfig
+
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments every `from_pretrained` of this model needs."""
+        options = {"trust_remote_code": self.model.trust_remote_code, "local_files_only": True}
+        return options | ({"gguf_file": self.gguf} if self.gguf else {})
+
+
+def load_tokenizer(
+    model: ModelConfig, source: Source, template: Source | None
+) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer, its chat template replaced by the Jinja file ``template``.
+
+    Raises:
+        ModelError: There is none, or it cannot be read.
+    """
+    place = _fetch(model, source, with_weights=False)
+    with _said_our_way(model, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(place.folder, **place.options())
+    if template is not None:
+        tokenizer.chat_template = template.local().read_text("utf-8")
+    return tokenizer
+
+
+def context_length(model: ModelConfig, source: Source) -> int:
+    """Return how many tokens the model can attend to, without loading its weights.
+
+    Raises:
+        ModelError: The model's configuration cannot be read.
+    """
+    place = _fetch(model, source, with_weights=False)
+    with _said_our_way(model, "configuration"):
+        config = AutoConfig.from_pretrained(place.folder, **place.options())
+    return context_length_of(config)
+
+
+def context_length_of(config: Any) -> int:
+    """Return how many tokens a model with this transformers configuration can attend to."""
+    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(stated or UNLIMITED_CONTEXT)
+
+
+def load_original(model: ModelConfig, source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model as its author published it, every parameter in ``dtype``, on the CPU.
+
+    A GGUF file is dequantised, and the marks of its format taken off, so that the model can be
+    saved like any other.
+
+    Raises:
+        ModelError: It is refused (see `vetting`), damaged or incomplete.
+    """
+    place = _fetch(model, source, with_weights=True)
+    with _said_our_way(model, "model"):
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            place.folder,
+            dtype=dtype,
+            use_safetensors=None if place.gguf else True,
+            output_loading_info=True,
+            **place.options(),
+        )
+    if absent := _absent_weights(report):
+        raise ModelError(
+            f"model.source={model.source!r} is incomplete: {len(absent)} weights are missing or of "
+            f"the wrong shape, the first {absent[0]!r}.",
+            why="transformers would start them at random.",
+            fix="Download the model again.",
+        )
+    return _plain(loaded)
+
+
+def load_base(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Return a quantised base on ``device``: frozen, in eval mode.
+
+    Args:
+        folder: Files of a QuantizedBase artefact; the checkpoint lies in its `model/`.
+        device: Where its weights shall lie.
+
+    Raises:
+        ArtifactError: The checkpoint cannot be read or is incomplete.
+    """
+    with _said_as_artifact(folder):
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            folder / "model",
+            dtype="auto",
+            device_map={"": torch.device(device)},
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    if absent := _absent_weights(report):
+        raise ArtifactError(f"The base in {folder} lacks {len(absent)} weights: {absent[0]!r}, ...")
+    _forbid_repacking(loaded)
+    return loaded.requires_grad_(False).eval()
+
+
+def load_saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that lies in ``folder/model``.
+
+    Raises:
+        ArtifactError: It cannot be read.
+    """
+    with _said_as_artifact(folder):
+        return AutoTokenizer.from_pretrained(
+            folder / "model", local_files_only=True, trust_remote_code=False
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and warnings inside, and put them back after."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _fetch(model: ModelConfig, source: Source, *, with_weights: bool) -> _Place:
+    """Find the model's files, download those of a hub model, and vet them."""
+    if source.kind == "file":
+        path = source.local()
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(
+                f"model.source={model.source!r} is a {path.suffix or 'bare'} file.",
+                fix="A model is a folder, a hub id or a .gguf file.",
+            )
+        return _Place(path.parent, path.name, model)
+    folder = source.local() if source.kind == "folder" else _download(model, source, with_weights)
+    config = vet_folder(folder, model)
+    if with_weights:
+        vet_weights(folder, config, model)
+    return _Place(folder, None, model)
+
+
+def _download(model: ModelConfig, source: Source, with_weights: bool) -> Path:
+    """Bring a hub model's files here, or find them in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    wanted = _TOKENIZER_FILES + (["model*.safetensors"] if with_weights else [])
+    wanted += ["*.py"] if model.trust_remote_code else []
+    with _said_our_way(model, "download"):
+        folder = snapshot_download(
+            str(source.hub_id),
+            revision=source.revision,
+            allow_patterns=wanted,
+            ignore_patterns=["*/*"],
+        )
+    return Path(folder)
+
+
+@contextmanager
+def _said_our_way(model: ModelConfig, what: str) -> Iterator[None]:
+    """Turn what foreign loaders raise into a ModelError; transformers lets them all through."""
+    try:
+        with quiet():
+            yield
+    except (QLoraError, MemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"The {what} of model.source={model.source!r} cannot be loaded.",
+            why=f"{type(error).__name__}: {_first_lines(error)}",
+            fix="Check model.source and model.revision, and that the files are whole; a hub model "
+            "needs the network once (and HF_TOKEN if it is gated).",
+        ) from error
+
+
+@contextmanager
+def _said_as_artifact(folder: Path) -> Iterator[None]:
+    try:
+        with quiet():
+            yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ArtifactError(
+            f"The model in {folder / 'model'} cannot be loaded.",
+            why=f"{type(error).__name__}: {_first_lines(error)}",
+            fix="Remove that folder and run again: it will be made anew.",
+        ) from error
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def _absent_weights(report: dict[str, Any]) -> list[str]:
+    wrong_shape = [entry[0] for entry in report.get("mismatched_keys", ())]
+    return sorted({*report["missing_keys"], *wrong_shape})
+
+
+def _plain(loaded: PreTrainedModel) -> PreTrainedModel:
+    """Take off a GGUF's marks, with which `save_pretrained` refuses to work."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if hasattr(loaded, name):
+            delattr(loaded, name)
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+    return loaded
+
+
+def _forbid_repacking(loaded: PreTrainedModel) -> None:
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
