@@ -1,0 +1,277 @@
+"""Read and write the tensors of a checkpoint one at a time, 4-bit ones dequantised on the way.
+
+A merge must not need the memory of the model: a 70B model is 140 GB in 16 bits, one of its layers
+0.5 GB. So nothing here loads a model. Reading opens the safetensors files lazily; a bitsandbytes
+weight lies there in parts (`w`, `w.absmax`, `w.nested_absmax`, `w.quant_map`, ...) and is put
+together and dequantised when asked for. Writing knows all sizes beforehand, so it writes each
+file's header first and then streams the tensors behind it; by hand, because the library's
+`save_file` wants all tensors of a file at once and turns a full disk into an error of its own kind.
+
+Format: https://github.com/huggingface/safetensors#format
+Dims: O out features, I in features.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import bitsandbytes.functional as bnb
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from qlora_core.errors import ArtifactError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_QUANT_STATE = ".quant_state.bitsandbytes__"
+_SCB = ".SCB"
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the values, without any header."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Weights(Protocol):
+    """The named tensors of a model, read one at a time, never quantised."""
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Return what there is, tied weights once."""
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor on the CPU; the caller owns it."""
+
+
+class ModelWeights:
+    """The weights of a model that lies in memory as a whole; tied ones count once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # parameters() and buffers() name shared tensors once; state_dict() names them all
+        persistent = model.state_dict(keep_vars=True)
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self._tensors = {name: tensor for name, tensor in named if name in persistent}
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Return name, shape and dtype of every tensor."""
+        return {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Return a copy of one tensor on the CPU."""
+        return self._tensors[name].detach().cpu().clone()
+
+
+class CheckpointWeights:
+    """The weights in a folder of safetensors files, opened only when read.
+
+    Args:
+        folder: A transformers checkpoint: one safetensors file, or several with an index.
+
+    Raises:
+        ArtifactError: A file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file_of = _stored_names(folder)
+        self._quant_state_of = {
+            name.split(_QUANT_STATE)[0]: name for name in self._file_of if _QUANT_STATE in name
+        }
+        self._scale_of = {
+            f"{name.removesuffix(_SCB)}.weight": name
+            for name in self._file_of
+            if name.endswith(_SCB)
+        }
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Return name, shape and dtype of every tensor as `read` gives it."""
+        names = sorted(name for name in self._file_of if not self._is_part(name))
+        return {name: self._info(name) for name in names}
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, dequantised to the dtype that bitsandbytes multiplies with."""
+        if name in self._quant_state_of:
+            return self._dequantized_4bit(name)
+        if name in self._scale_of:
+            scale_O = self._stored(self._scale_of[name]).float()
+            return self._stored(name).float() * (scale_O / 127.0)[:, None]
+        return self._stored(name)
+
+    def _is_part(self, name: str) -> bool:
+        module = name.rpartition(".")[0]
+        of_4bit = any(prefix in self._quant_state_of for prefix in _prefixes(name))
+        of_int8 = f"{module}.weight" in self._scale_of and name.endswith((_SCB, ".weight_format"))
+        return of_4bit or of_int8
+
+    def _info(self, name: str) -> TensorInfo:
+        if name in self._quant_state_of:
+            return _unpacked_info(self._stored(self._quant_state_of[name]))
+        with self._open(name) as file:
+            view = file.get_slice(name)
+            shape, dtype = tuple(view.get_shape()), _DTYPES[view.get_dtype()]
+        return TensorInfo(shape, torch.float32 if name in self._scale_of else dtype)
+
+    def _dequantized_4bit(self, name: str) -> Tensor:
+        parts = [part for part in self._file_of if part.startswith(f"{name}.")]
+        state = bnb.QuantState.from_dict(
+            {part: self._stored(part) for part in parts}, device=torch.device("cpu")
+        )
+        weight_OI: Tensor = bnb.dequantize_4bit(self._stored(name), state)
+        return weight_OI
+
+    def _stored(self, name: str) -> Tensor:
+        with self._open(name) as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def _open(self, name: str) -> safe_open:
+        return _opened(self._folder / self._file_of[name])
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_checkpoint` left in the folder."""
+
+    num_shards: int
+    num_tensors: int
+    size_bytes: int
+    """Of the tensors."""
+
+
+def write_checkpoint(
+    folder: Path,
+    infos: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    *,
+    max_shard_bytes: int,
+) -> Written:
+    """Stream tensors into safetensors files that transformers loads; the same in, the same bytes.
+
+    Holds one tensor at a time. A tensor larger than ``max_shard_bytes`` gets a file of its own.
+
+    Args:
+        folder: Where the files go; must exist.
+        infos: What each tensor will be, in the order of writing.
+        read: Returns a tensor by name, of exactly that shape and dtype.
+        max_shard_bytes: Largest sum of tensor bytes in a file.
+
+    Raises:
+        ArtifactError: A tensor is not what ``infos`` promised.
+        OSError: The disk is full, say.
+    """
+    shards = list(_shards(infos, max_shard_bytes))
+    file_names = _file_names(len(shards))
+    for file_name, names in zip(file_names, shards, strict=True):
+        _write_shard(folder / file_name, {name: infos[name] for name in names}, read)
+    size_bytes = sum(info.size_bytes for info in infos.values())
+    if len(shards) > 1:
+        file_of = {n: file for file, names in zip(file_names, shards, strict=True) for n in names}
+        index = {"metadata": {"total_size": size_bytes}, "weight_map": file_of}
+        text = json.dumps(index, indent=2, sort_keys=True)
+        (folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
+    return Written(len(shards), len(infos), size_bytes)
+
+
+def _shards(infos: Mapping[str, TensorInfo], max_bytes: int) -> Iterator[list[str]]:
+    shard: list[str] = []
+    room = max_bytes
+    for name, info in infos.items():
+        if shard and info.size_bytes > room:
+            yield shard
+            shard, room = [], max_bytes
+        shard.append(name)
+        room -= info.size_bytes
+    if shard:
+        yield shard
+
+
+def _file_names(count: int) -> list[str]:
+    if count == 1:
+        return [SINGLE_FILE]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def _write_shard(
+    path: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor]
+) -> None:
+    with path.open("wb") as file:
+        file.write(_header(infos))
+        for name, info in infos.items():
+            tensor = read(name)
+            if (tuple(tensor.shape), tensor.dtype) != (info.shape, info.dtype):
+                raise ArtifactError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                    f"but {info.dtype} {info.shape} was announced."
+                )
+            flat = tensor.cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
+
+
+def _header(infos: Mapping[str, TensorInfo]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, info in infos.items():
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.size_bytes],
+        }
+        offset += info.size_bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _stored_names(folder: Path) -> dict[str, Path]:
+    """Return which file of ``folder`` holds each stored tensor."""
+    index = folder / INDEX_FILE
+    if index.is_file():
+        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        missing = sorted({file for file in file_of.values() if not (folder / file).is_file()})
+        if missing:
+            raise ArtifactError(f"{folder} lacks {', '.join(missing)}, which its index names.")
+        return {name: Path(file) for name, file in file_of.items()}
+    with _opened(folder / SINGLE_FILE) as file:
+        return {name: Path(SINGLE_FILE) for name in file.keys()}  # noqa: SIM118  # not a dict
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read as safetensors: {error}.") from error
+
+
+def _unpacked_info(packed: Tensor) -> TensorInfo:
+    """Read the JSON that bitsandbytes keeps in a uint8 tensor beside each 4-bit weight."""
+    state = json.loads(bytes(packed.tolist()))
+    return TensorInfo(tuple(state["shape"]), getattr(torch, state["dtype"]))
+
+
+def _prefixes(name: str) -> Sequence[str]:
+    """Return all dotted prefixes of ``name`` but itself."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
