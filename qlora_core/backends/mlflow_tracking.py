@@ -1,0 +1,351 @@
+"""Track a run in MLflow without ever waiting for MLflow.
+
+Every call writes one line to the run's local journal (see `journal`) and returns. A daemon thread
+imports mlflow, continues or creates the run, and sends what waits (see `mlflow_delivery`), more and
+more patiently while the server is away. `close` waits a while for the rest and says how much is
+left; `replay` sends that later, from any process.
+
+System metrics are sampled here and go the same way, as steps of whole seconds since the run began.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from qlora_core.artifacts import Frozen
+from qlora_core.backends.journal import (
+    DatasetRecord,
+    EndRecord,
+    FileRecord,
+    Journal,
+    MetricsRecord,
+    ParamsRecord,
+    Record,
+    RunStatus,
+    StartRecord,
+    TagsRecord,
+)
+from qlora_core.backends.mlflow_client import MASK, mask_credentials
+from qlora_core.backends.mlflow_delivery import (
+    Delivery,
+    Destination,
+    load_destination,
+    new_journal_id,
+    save_destination,
+)
+from qlora_core.backends.system_metrics import sample_system
+from qlora_core.errors import ArtifactError, UserError, storage_error
+
+_SEND_EVERY_S = 1.0
+_SAMPLE_EVERY_S = 10.0
+_LONGEST_PAUSE_S = 30.0
+_LAST_TRIES = 2
+_BUSY = "another process is sending this journal"
+
+
+class TrackingReport(Frozen):
+    """What became of everything that was logged."""
+
+    run_id: str | None
+    folder: Path
+    num_waiting: int
+    """Entries on the disk that no server has yet."""
+    num_refused: int
+    """Entries that MLflow will never take."""
+    num_lost: int
+    """Entries that could not even be written to the disk."""
+    reason: str
+    """The last thing that went wrong."""
+
+    def is_complete(self) -> bool:
+        """Say whether MLflow has everything."""
+        return not (self.num_waiting or self.num_refused or self.num_lost)
+
+    def sentence(self) -> str:
+        """Return one line for a person; empty when MLflow has everything."""
+        parts = []
+        if self.num_waiting:
+            parts.append(f"{self.num_waiting} tracking entries wait in {self.folder}")
+        if self.num_refused:
+            parts.append(f"MLflow refused {self.num_refused} tracking entries")
+        if self.num_lost:
+            parts.append(f"{self.num_lost} tracking entries could not be written")
+        return "; ".join(parts) + (f" ({self.reason})" if parts and self.reason else "")
+
+
+class MlflowTracker:
+    """A `Tracker` that journals at once and forwards to MLflow in the background.
+
+    Args:
+        journal_folder: The run's own folder; a successor given the same one continues the run.
+        tracking_uri: MLflow server or database.
+        experiment: Name of the MLflow experiment.
+        run_name: Name of the MLflow run.
+        run_id: An MLflow run to continue; one that the folder remembers goes before it.
+        tags: Of the run, from its start.
+        artifact_location: Where a new experiment keeps its files; none: the server says.
+        sample_every_s: Seconds between samples of CPU and memory; none: no samples.
+
+    Raises:
+        StoreError: ``journal_folder`` cannot be written.
+    """
+
+    def __init__(
+        self,
+        journal_folder: Path,
+        tracking_uri: str,
+        experiment: str,
+        run_name: str,
+        run_id: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        artifact_location: str | None = None,
+        sample_every_s: float | None = _SAMPLE_EVERY_S,
+    ) -> None:
+        clean = {name: mask_credentials(text) for name, text in (tags or {}).items()}
+        try:
+            self._journal = Journal(journal_folder)
+            destination = _continued(
+                journal_folder,
+                Destination(
+                    tracking_uri=tracking_uri,
+                    experiment=experiment,
+                    run_name=run_name,
+                    tags=clean,
+                    artifact_location=artifact_location,
+                    journal_id=new_journal_id(),
+                    created_s=time.time(),
+                    run_id=run_id,
+                ),
+            )
+        except OSError as error:
+            raise storage_error(error, journal_folder) from error
+        self._delivery = Delivery(self._journal, destination)
+        self._num_lost, self._reason = 0, ""
+        self._sample_every_s = sample_every_s
+        self._sampled_s = time.monotonic()
+        self._closing = threading.Event()
+        self._append(StartRecord())
+        self.set_tags(clean)
+        self._thread = threading.Thread(target=self._forward, name="mlflow-forwarder", daemon=True)
+        self._thread.start()
+
+    # -- Tracker ---------------------------------------------------------------------------------
+
+    def log_params(self, params: Mapping[str, str | int | float | bool]) -> None:
+        """Write-once parameters of the run; one that changes on resume is kept as a tag."""
+        values = {name: mask_credentials(str(value)) for name, value in params.items()}
+        self._append(ParamsRecord(values=values))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Numbers at a step; of the same name and step the first counts."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self._append(MetricsRecord(values=values, step=step))
+
+    def log_dataset(self, name: str, digest: str, source: str, context: str, num_rows: int) -> None:
+        """A dataset that went in; ``context`` is `training` or `heldout`."""
+        self._append(
+            DatasetRecord(
+                name=name,
+                digest=digest,
+                source=mask_credentials(source),
+                context=context,
+                num_rows=num_rows,
+            )
+        )
+
+    def log_file(self, path: Path, folder: str = "") -> None:
+        """A file (or a folder) to keep with the run; it is copied now, so keep large ones out."""
+        try:
+            place = self._journal.copy_in(path)
+        except OSError as error:
+            self._lose(error)
+        else:
+            self._append(FileRecord(copy_at=place, folder=folder))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Text to find the run by; the last value counts."""
+        values = {name: mask_credentials(str(text)) for name, text in tags.items()}
+        self._append(TagsRecord(values=values))
+
+    # -- life ------------------------------------------------------------------------------------
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the MLflow run; none while no server has answered yet."""
+        return self._delivery.run_id
+
+    def wait_for_run_id(self, timeout_s: float) -> str | None:
+        """Return the id of the MLflow run, waiting for it if need be; none after ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        while self.run_id is None and time.monotonic() < deadline and self._thread.is_alive():
+            time.sleep(0.05)
+        return self.run_id
+
+    def close(self, status: RunStatus, timeout_s: float = 30.0) -> TrackingReport:
+        """End the run and send the rest; return after ``timeout_s`` at the latest.
+
+        What could not be sent stays in the journal. Calling it again changes nothing.
+        """
+        if not self._closing.is_set():
+            self._append(EndRecord(status=status))
+            self._closing.set()
+        self._thread.join(timeout_s)
+        return _report(self._delivery, self._num_lost, self._reason)
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _append(self, record: Record) -> None:
+        try:
+            self._journal.append(record)
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        self._num_lost += 1
+        self._reason = str(error)
+
+    def _forward(self) -> None:
+        while True:
+            with self._journal.sending() as alone:
+                if alone:
+                    return self._send_until_closed()
+            self._reason = _BUSY
+            if self._closing.wait(_SEND_EVERY_S):
+                return None
+
+    def _send_until_closed(self) -> None:
+        failures, last_tries = 0, 0
+        while True:
+            closing = self._closing.is_set()
+            self._sample()
+            failures = 0 if self._try_to_send() else failures + 1
+            last_tries += closing
+            if closing and (failures == 0 or last_tries >= _LAST_TRIES):
+                return
+            self._pause(failures, closing)
+
+    def _pause(self, failures: int, closing: bool) -> None:
+        if closing:
+            time.sleep(_SEND_EVERY_S / 2)
+        else:
+            self._closing.wait(min(_LONGEST_PAUSE_S, _SEND_EVERY_S * 2**failures))
+
+    def _try_to_send(self) -> bool:
+        try:
+            self._delivery.deliver()
+        except Exception as error:  # whatever tracking suffers from, training must not notice
+            self._reason = mask_credentials(f"{type(error).__name__}: {error}")[:500]
+            return False
+        return True
+
+    def _sample(self) -> None:
+        now_s = time.monotonic()
+        if self._sample_every_s is None or now_s - self._sampled_s < self._sample_every_s:
+            return
+        self._sampled_s = now_s
+        created_s = self._delivery.destination.created_s
+        self.log_metrics(sample_system(), step=int(time.time() - created_s))
+
+
+def replay(journal_folder: Path, tracking_uri: str | None = None) -> TrackingReport:
+    """Send what an earlier process could not; a run that never ended is ended as `KILLED`.
+
+    Args:
+        journal_folder: Of the run.
+        tracking_uri: Where to, if not where the run wanted it.
+
+    Raises:
+        ArtifactError: There is no journal in that folder.
+        UserError: The address needs credentials, which are not kept on the disk.
+    """
+    delivery = Delivery(Journal(journal_folder), _destination(journal_folder, tracking_uri))
+    with delivery.journal.sending() as alone:
+        if not alone:
+            return _report(delivery, 0, _BUSY)
+        reason = ""
+        try:
+            _end_if_dead(delivery.journal)
+            if delivery.num_waiting():
+                delivery.deliver()
+        except Exception as error:  # any outage: what waits, waits on
+            reason = mask_credentials(f"{type(error).__name__}: {error}")[:500]
+        return _report(delivery, 0, reason)
+
+
+def waiting(root: Path) -> list[Path]:
+    """Return the journal folders below ``root`` with entries that no server has yet."""
+    folders = sorted(path.parent for path in root.rglob("journal.jsonl"))
+    return [folder for folder in folders if Journal(folder).num_waiting() > 0]
+
+
+def flatten(config: BaseModel) -> dict[str, str | int | float | bool]:
+    """Return a nested config as parameters: `{"training.learning_rate": 0.0002, ...}`.
+
+    What is not set is `none`; a list is JSON text.
+    """
+    flat: dict[str, str | int | float | bool] = {}
+    _flatten(config.model_dump(mode="json"), "", flat)
+    return flat
+
+
+def _flatten(value: Any, name: str, flat: dict[str, str | int | float | bool]) -> None:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            _flatten(inner, f"{name}.{key}" if name else str(key), flat)
+    elif isinstance(value, list | dict):
+        flat[name] = json.dumps(value, ensure_ascii=False)
+    else:
+        flat[name] = "none" if value is None else value
+
+
+def _continued(folder: Path, wanted: Destination) -> Destination:
+    """Return ``wanted`` as the continuation of what an earlier process left in ``folder``."""
+    kept = load_destination(folder)
+    if kept is not None:
+        same_server = kept.tracking_uri == mask_credentials(wanted.tracking_uri)
+        run_id = kept.run_id if same_server and kept.run_id else wanted.run_id
+        update = {"journal_id": kept.journal_id, "created_s": kept.created_s, "run_id": run_id}
+        wanted = wanted.model_copy(update=update)
+    save_destination(folder, wanted)
+    return wanted
+
+
+def _destination(folder: Path, tracking_uri: str | None) -> Destination:
+    kept = load_destination(folder)
+    if kept is None:
+        raise ArtifactError(
+            f"{folder} holds no tracking journal.", fix="Give the journal folder of a run."
+        )
+    if tracking_uri is not None:
+        return _continued(folder, kept.model_copy(update={"tracking_uri": tracking_uri}))
+    if MASK in kept.tracking_uri:
+        raise UserError(
+            f"{folder} was tracked at {kept.tracking_uri}, whose password is not kept on the disk.",
+            fix="Give the tracking URI again, or use MLFLOW_TRACKING_USERNAME and _PASSWORD.",
+        )
+    return kept
+
+
+def _end_if_dead(journal: Journal) -> None:
+    records = [entry.record for entry in journal.read().entries]
+    turns = [record for record in records if isinstance(record, StartRecord | EndRecord)]
+    if turns and isinstance(turns[-1], StartRecord):
+        journal.append(EndRecord(status="KILLED"))
+
+
+def _report(delivery: Delivery, num_lost: int, reason: str) -> TrackingReport:
+    num_waiting = delivery.num_waiting()
+    trouble = reason if num_waiting or num_lost else ""
+    return TrackingReport(
+        run_id=delivery.run_id,
+        folder=delivery.journal.folder,
+        num_waiting=num_waiting,
+        num_refused=delivery.num_refused,
+        num_lost=num_lost,
+        reason=trouble or delivery.refusal,
+    )
