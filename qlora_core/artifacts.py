@@ -114,7 +114,8 @@ class QuantizedBase(Facts):
 
 
 class AdapterCheckpoint(Facts):
-    """LoRA weights in PEFT's format, and `metrics.jsonl`, one StepMetrics a line."""
+    """LoRA weights in PEFT's format, and `curve.jsonl`: a StepMetrics a line, without what a clock
+    measured, so that the same training has the same digest."""
 
     num_trainable_parameters: int
     num_target_layers: int

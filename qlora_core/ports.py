@@ -52,13 +52,16 @@ class TrainJob(Frozen):
     data: Path
     """Files of the PreparedDataset."""
     out: Path
-    """Where rank 0 leaves `adapter_model.safetensors`, `adapter_config.json`, `metrics.jsonl` and
-    `summary.json`."""
+    """Where rank 0 leaves `adapter_model.safetensors`, `adapter_config.json` and `curve.jsonl`: the
+    same bytes for the same job."""
     scratch: Path
-    """Where snapshots and the journal live; it outlasts a killed attempt."""
+    """Where snapshots, the journal and at the end `summary.json` (an AdapterCheckpoint) live; it
+    outlasts a killed attempt."""
     adapter: AdapterConfig
     training: TrainingConfig
     seed: int
+    base_name: str = ""
+    """What a reader of the adapter shall load its base from: written to `adapter_config.json`."""
 
 
 class Launcher(Protocol):

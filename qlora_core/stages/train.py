@@ -1,0 +1,68 @@
+"""Train a LoRA adapter on the frozen, quantised base."""
+
+from collections.abc import Callable
+
+from qlora_core.artifacts import AdapterCheckpoint, Artifact, PreparedDataset, QuantizedBase
+from qlora_core.config import AdapterConfig, TrainingConfig
+from qlora_core.ports import Context, StepMetrics, TrainJob, stage
+from qlora_core.training.desk import SUMMARY_FILE
+
+
+@stage(
+    "train_adapter",
+    version=1,
+    facts=AdapterCheckpoint,
+    packages=("torch", "transformers", "peft", "bitsandbytes"),
+)
+def train_adapter(
+    ctx: Context,
+    base: Artifact[QuantizedBase],
+    data: Artifact[PreparedDataset],
+    adapter: AdapterConfig,
+    training: TrainingConfig,
+    seed: int,
+) -> AdapterCheckpoint:
+    """Train through ``ctx.launcher``, wherever its workers are, and pass on what they measure.
+
+    Raises:
+        TrainingError: The loss or a gradient is not finite.
+        ResourceError: There is not what the launcher was told to use.
+        LaunchError: Workers were lost more often than allowed.
+    """
+    job = TrainJob(
+        base=base.path,
+        data=data.path,
+        out=ctx.out,
+        scratch=ctx.scratch,
+        adapter=adapter,
+        training=training,
+        seed=seed,
+        base_name=base.facts.source,
+    )
+    ctx.launcher.train(job, _listener(ctx))
+    summary = (ctx.scratch / SUMMARY_FILE).read_text("utf-8")
+    return AdapterCheckpoint.model_validate_json(summary)
+
+
+def _listener(ctx: Context) -> Callable[[StepMetrics], None]:
+    def on_step(metrics: StepMetrics) -> None:
+        ctx.tracker.log_metrics(_tracked(metrics), metrics.step)
+        note = f"loss {metrics.loss:.3f} · {metrics.tokens_per_s:.0f} tok/s"
+        ctx.progress.update("train_adapter", metrics.step, metrics.num_steps, note)
+
+    return on_step
+
+
+def _tracked(metrics: StepMetrics) -> dict[str, float]:
+    tracked = {
+        "train/loss": metrics.loss,
+        "train/learning_rate": metrics.learning_rate,
+        "train/grad_norm": metrics.grad_norm,
+        "train/tokens_per_s": metrics.tokens_per_s,
+        "train/supervised_tokens_per_s": metrics.supervised_tokens_per_s,
+        "train/memory_bytes": float(metrics.memory_bytes),
+        "train/epoch": metrics.epoch,
+    }
+    if metrics.heldout_loss is not None:
+        tracked["heldout/loss"] = metrics.heldout_loss
+    return tracked

@@ -1,0 +1,126 @@
+"""Which rows make which optimizer step, and how a step is shared out.
+
+Two decisions, kept apart so that the cluster cannot change the result:
+
+1. `Plan` says *what* a step holds: a pure function of seed, number of rows and global batch. The
+   shuffled epochs follow each other as one stream, cut every ``global_batch`` rows. An epoch's
+   ragged end is thus *carried over* into the next epoch's first step: every step but the very last
+   has the same size, so no row weighs more than another and the learning rate fits every step. The
+   last step may be smaller; its loss is divided by its own supervised tokens.
+2. `deal` says *who* does it: the only place where lengths, world size and micro-batch matter.
+
+Padding and load: a step's rows are sorted by length and cut into chunks of neighbours, so a chunk
+pads little. Chunks are dealt in rounds, one to each worker, the longest to whoever has least so
+far. Every worker gets equally many chunks (workers wait for each other, so the slowest counts), and
+the step is never slower than dealing out rows one by one. With fewer rows than workers some get
+none: they contribute zero gradients.
+
+The resume position is the step number alone, whatever the number of workers was before.
+Shuffling sorts raw bits of Philox, whose stream is fixed for ever; `Generator.permutation` may
+change between numpy versions. Dims: N rows of the dataset, G rows of a step.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+
+_HELDOUT_SEED = 0  # of our own choice: runs with other seeds measure the same held-out rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The content of every optimizer step."""
+
+    seed: int
+    num_rows: int
+    global_batch: int
+    num_stream_rows: int
+    """Rows of the whole training, repeated epochs included."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return math.ceil(self.num_stream_rows / self.global_batch)
+
+    def rows(self, step: int) -> Indices:
+        """Return the (G,) rows of ``step``; steps count from 1.
+
+        Raises:
+            IndexError: There is no such step.
+        """
+        if not 1 <= step <= self.num_steps:
+            raise IndexError(f"step {step} of {self.num_steps}")
+        start = (step - 1) * self.global_batch
+        end = min(start + self.global_batch, self.num_stream_rows)
+        epochs = range(start // self.num_rows, (end - 1) // self.num_rows + 1)
+        stream = np.concatenate([_shuffled(self.seed, epoch, self.num_rows) for epoch in epochs])
+        first = start - epochs[0] * self.num_rows
+        return stream[first : first + end - start]
+
+    def epoch(self, step: int) -> float:
+        """Return how many passes over the rows are done after ``step``."""
+        return min(step * self.global_batch, self.num_stream_rows) / self.num_rows
+
+
+def make_plan(
+    *, seed: int, num_rows: int, global_batch: int, epochs: float, max_steps: int | None = None
+) -> Plan:
+    """Plan ``epochs`` passes (fractions count) of at most ``max_steps`` steps.
+
+    Raises:
+        ValueError: There are no rows.
+    """
+    if num_rows < 1:
+        raise ValueError("there are no training rows, so no step can be planned")
+    num_stream_rows = max(1, round(epochs * num_rows))
+    if max_steps is not None:
+        num_stream_rows = min(num_stream_rows, max_steps * global_batch)
+    return Plan(seed, num_rows, global_batch, num_stream_rows)
+
+
+def heldout_rows(num_rows: int, at_most: int) -> Indices:
+    """Return the held-out rows to measure on the way: the same for every run on this dataset."""
+    return np.sort(_shuffled(_HELDOUT_SEED, 0, num_rows)[:at_most])
+
+
+def deal(
+    rows: Indices, lengths: Indices, *, world_size: int, micro_batch: int
+) -> list[list[Indices]]:
+    """Share out a step: one list of micro-batches for each worker.
+
+    Args:
+        rows: (G,) rows of the step; the result does not depend on their order.
+        lengths: (N,) tokens of every row of the dataset.
+        world_size: Number of workers.
+        micro_batch: Rows of one forward pass, at most.
+    """
+    longest_first = rows[np.lexsort((rows, -lengths[rows]))]
+    num_rounds = math.ceil(len(rows) / (world_size * micro_batch))
+    chunks = np.array_split(longest_first, num_rounds * world_size)
+    shares: list[list[Indices]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for start in range(0, len(chunks), world_size):
+        emptiest_first = sorted(range(world_size), key=lambda worker: (loads[worker], worker))
+        for worker, chunk in zip(emptiest_first, chunks[start : start + world_size], strict=True):
+            if len(chunk):
+                shares[worker].append(chunk)
+                loads[worker] += padded_tokens(chunk, lengths)
+    return shares
+
+
+def padded_tokens(chunk: Indices, lengths: Indices) -> int:
+    """Return how many tokens a micro-batch sends through the model, padding included."""
+    return len(chunk) * int(lengths[chunk].max())
+
+
+@lru_cache(maxsize=2)  # a step touches the end of one epoch and the start of the next
+def _shuffled(seed: int, epoch: int, num_rows: int) -> Indices:
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_rows)
+    order: Indices = np.argsort(bits, kind="stable")
+    order.setflags(write=False)
+    return order

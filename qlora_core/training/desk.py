@@ -1,0 +1,138 @@
+"""Rank 0's paperwork: the journal, the snapshots, the notes, and in the end the result."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from qlora_core.artifacts import AdapterCheckpoint
+from qlora_core.config import SnapshotConfig
+from qlora_core.fingerprint import fingerprint
+from qlora_core.modeling.lora import save_adapter
+from qlora_core.ports import StepMetrics, TrainJob
+from qlora_core.training.attempt import Attempt, claim, read_record
+from qlora_core.training.durable import replace_durably
+from qlora_core.training.journal import JOURNAL_FILE, Journal, write_curve
+from qlora_core.training.loop import Position, Run, keep_best
+from qlora_core.training.optimizer import state_of
+from qlora_core.training.snapshot import SnapshotWriter, TrainingState
+
+SUMMARY_FILE = "summary.json"
+"""The facts of a finished training, in the scratch folder."""
+NOTES_FILE = "notes.txt"
+"""What a person should know, one line each, in the scratch folder; it grows on the way."""
+
+
+def job_fingerprint(job: TrainJob) -> str:
+    """Return the name of what is trained and how; where it lies does not matter."""
+    return fingerprint(
+        {"adapter": job.adapter.hashed(), "training": job.training.hashed(), "seed": job.seed}
+    )
+
+
+@dataclass
+class Desk:
+    """Writes down what training does; the only one who writes."""
+
+    run: Run
+    job: TrainJob
+    journal: Journal
+    writer: SnapshotWriter
+    attempt: Attempt
+    notes: list[str]
+    _num_notes_written: int = field(default=0, init=False)
+    _num_steps_told: int = field(default=0, init=False)
+
+    def record(self, metrics: StepMetrics, position: Position) -> None:
+        """Note one step; save if it is time to, and at the end in any case."""
+        self.journal.append(metrics)
+        is_end = position.step == self.run.plan.num_steps or position.stopped_early
+        if not is_end and not self.writer.is_due(position.step):
+            return
+        self.writer.save(
+            TrainingState(
+                position=position,
+                adapter={name: p.detach() for name, p in self.run.parameters.items()},
+                optimizer=state_of(self.run.optimizer),
+                steps=self.journal.steps,
+            )
+        )
+
+    def tell(self, on_step: Callable[[StepMetrics], None]) -> None:
+        """Write new notes down and hand the steps not yet told to ``on_step``."""
+        with (self.job.scratch / NOTES_FILE).open("a", encoding="utf-8") as file:
+            file.writelines(f"{note}\n" for note in self.notes[self._num_notes_written :])
+        self._num_notes_written = len(self.notes)
+        fresh = self.journal.steps[self._num_steps_told :]
+        self._num_steps_told = len(self.journal.steps)
+        for step in fresh:
+            on_step(step)
+
+    def finish(self, position: Position) -> None:
+        """Leave the result in ``job.out`` and its facts in the scratch folder."""
+        self.journal.close()
+        self.attempt.require_current()
+        kept = keep_best(self.run, position)
+        self.job.out.mkdir(parents=True, exist_ok=True)
+        save_adapter(self.run.model, self.job.out, self.job.base_name, None)
+        write_curve(self.job.out, self.journal.steps)
+        facts = self._facts(position, kept)
+        replace_durably(self.job.scratch / SUMMARY_FILE, facts.model_dump_json(indent=1).encode())
+
+    def _facts(self, position: Position, kept: int) -> AdapterCheckpoint:
+        steps = self.journal.steps
+        seconds = sum(step.seconds for step in steps)
+        starts = read_record(self.job.scratch).started_after
+        notes = (self.job.scratch / NOTES_FILE).read_text("utf-8").splitlines()
+        return AdapterCheckpoint(
+            num_trainable_parameters=sum(p.numel() for p in self.run.parameters.values()),
+            num_target_layers=sum(bool(getattr(m, "lora_A", ())) for m in self.run.model.modules()),
+            num_steps=kept,
+            num_steps_run=position.step,
+            num_steps_planned=self.run.plan.num_steps,
+            num_tokens=position.num_tokens,
+            num_supervised_tokens=position.num_supervised_tokens,
+            train_loss=_last_tenth(steps),
+            heldout_loss=_heldout_at(kept, steps),
+            stopped_early=position.stopped_early,
+            seconds=position.seconds,
+            tokens_per_s=position.num_tokens / seconds,
+            supervised_tokens_per_s=position.num_supervised_tokens / seconds,
+            peak_memory_bytes=max(step.memory_bytes for step in steps),
+            num_workers=self.run.comm.world_size,
+            num_attempts=len(starts),
+            resumed_at=starts[1:],
+            notes=tuple(dict.fromkeys(notes)),
+        )
+
+
+def open_desk(
+    run: Run,
+    job: TrainJob,
+    snapshots: SnapshotConfig,
+    launch: str,
+    after: int,
+    steps: Iterable[StepMetrics],
+    notes: list[str],
+) -> Desk:
+    """Claim the scratch folder for this attempt, which goes on after step ``after``.
+
+    Raises:
+        LaunchError: A newer attempt is already there.
+    """
+    attempt = claim(job.scratch, launch, after)
+    if after:
+        notes.append(f"Training went on after step {after} (attempt {attempt.token}).")
+    writer = SnapshotWriter(job.scratch, snapshots, attempt, job_fingerprint(job))
+    journal = Journal(job.scratch / JOURNAL_FILE, steps)
+    return Desk(run, job, journal, writer, attempt, notes)
+
+
+def _heldout_at(step: int, steps: list[StepMetrics]) -> float:
+    measured = steps[step - 1].heldout_loss
+    assert measured is not None, "the last step and the best one are measured"  # noqa: S101
+    return measured
+
+
+def _last_tenth(steps: list[StepMetrics]) -> float:
+    last = steps[-max(1, len(steps) // 10) :]
+    total = sum(step.loss * step.num_supervised_tokens for step in last)
+    return total / max(1, sum(step.num_supervised_tokens for step in last))

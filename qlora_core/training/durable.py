@@ -1,0 +1,42 @@
+"""Writes that outlast a crash: on the disk, and not only with the kernel, when they return."""
+
+import os
+from pathlib import Path
+
+from qlora_core.errors import storage_error
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file that is on disk when this returns.
+
+    Raises:
+        StoreError: There is no room, say.
+    """
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """Write a file by way of a hidden one and a rename: readers see the old or the new, whole.
+
+    Raises:
+        StoreError: There is no room, say; what was there is untouched.
+    """
+    fresh = path.with_name(f".{path.name}.tmp")
+    write_durably(fresh, content)
+    fresh.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make the kernel write a file, or a folder's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,128 @@
+"""The journal: one StepMetrics a line, each step once, on disk before anything relies on it.
+
+Rank 0 writes it; the launcher in another process follows it with `Tail`. A resumed training starts
+the file anew from the snapshot's copy, by rename, so no reader ever sees half of a rewrite.
+
+`curve.jsonl` is what gets sealed with the adapter: the journal without what a clock or the number
+of workers decides, so the same training leaves the same bytes.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+from qlora_core.artifacts import Frozen
+from qlora_core.errors import storage_error
+from qlora_core.ports import StepMetrics
+from qlora_core.training.durable import replace_durably
+
+JOURNAL_FILE = "journal.jsonl"
+CURVE_FILE = "curve.jsonl"
+
+
+class CurvePoint(Frozen):
+    """The part of a StepMetrics that is the same whenever the training is the same."""
+
+    step: int
+    epoch: float
+    loss: float
+    heldout_loss: float | None
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+    num_supervised_tokens: int
+
+
+class Journal:
+    """Rank 0's record of the steps done.
+
+    Args:
+        path: The file; what it held is replaced.
+        steps: Steps of earlier attempts that still count.
+    """
+
+    def __init__(self, path: Path, steps: Iterable[StepMetrics] = ()) -> None:
+        self.path = path
+        self.steps = list(steps)
+        replace_durably(path, "".join(_line(step) for step in self.steps).encode())
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def append(self, metrics: StepMetrics) -> None:
+        """Add a step, on disk when this returns.
+
+        Raises:
+            StoreError: There is no room, say.
+        """
+        try:
+            self._file.write(_line(metrics))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+        self.steps.append(metrics)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+
+class Tail:
+    """Follows a file that another process appends to or replaces; gives whole lines only."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode, self._offset = -1, 0
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines that came since the last call; all of them after a replacement."""
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._offset:
+                self._inode, self._offset = status.st_ino, 0
+            file.seek(self._offset)
+            whole, newline, _ = file.read().rpartition(b"\n")
+            self._offset += len(whole + newline)
+        yield from whole.decode("utf-8").splitlines()
+
+
+class StepTail:
+    """Follows a journal: every step once and in order, however often the journal starts anew."""
+
+    def __init__(self, path: Path) -> None:
+        self._tail = Tail(path)
+        self._last_step = 0
+
+    def steps(self) -> Iterator[StepMetrics]:
+        """Yield the steps that came since the last call."""
+        for line in self._tail.lines():
+            metrics = StepMetrics.model_validate_json(line)
+            if metrics.step == self._last_step + 1:
+                self._last_step = metrics.step
+                yield metrics
+
+
+def read_journal(path: Path) -> list[StepMetrics]:
+    """Return the steps of a journal."""
+    return [StepMetrics.model_validate_json(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def write_curve(folder: Path, steps: Iterable[StepMetrics]) -> None:
+    """Write ``folder/curve.jsonl``."""
+    points = (CurvePoint(**step.model_dump(include=set(CurvePoint.model_fields))) for step in steps)
+    text = "".join(point.model_dump_json() + "\n" for point in points)
+    (folder / CURVE_FILE).write_text(text, "utf-8")
+
+
+def read_curve(folder: Path) -> list[CurvePoint]:
+    """Return the loss curve that lies beside an adapter."""
+    text = (folder / CURVE_FILE).read_text("utf-8")
+    return [CurvePoint.model_validate_json(line) for line in text.splitlines()]
+
+
+def _line(metrics: StepMetrics) -> str:
+    return metrics.model_dump_json() + "\n"

@@ -1,0 +1,237 @@
+"""The training loop: one optimizer step after another, each yielded as a StepMetrics.
+
+    for every step:   rows of the step -> this worker's micro-batches -> gradients add up
+                      sum over workers -> clip -> AdamW -> (held-out loss) -> yield
+
+The generator owns no files and no clock but a stopwatch: whoever drives it saves, logs or stops
+between two steps, when `Position` and weights agree.
+
+*Resumable.* Everything a step depends on is the weights, the optimizer's memory and the step's
+number: rows come from the plan, dropout from a seed derived of (seed, step, rank). No random state
+is saved, because none outlives a step; the caller's own is left alone.
+
+*The same on any cluster.* Gradients are sums over supervised tokens, divided by those of the whole
+step, so micro-batch and world size only change the order of additions. (With dropout each worker
+draws its own masks, so there the curve depends on the number of workers.)
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qlora_core.config import TrainingConfig
+from qlora_core.data.prepared import Rows
+from qlora_core.errors import TrainingError
+from qlora_core.ports import StepMetrics
+from qlora_core.training.batching import Indices, Plan, deal, heldout_rows, padded_tokens
+from qlora_core.training.comm import Comm
+from qlora_core.training.memory import peak_memory_bytes
+from qlora_core.training.objective import LossFunction, collate
+from qlora_core.training.optimizer import FlatGradients, Parameters
+from qlora_core.training.schedule import learning_rate
+
+
+@dataclass
+class Position:
+    """How far training is: with weights and optimizer, all that a snapshot holds."""
+
+    step: int = 0
+    seconds: float = 0.0
+    """Spent training, over all attempts, held-out measurements included."""
+    num_tokens: int = 0
+    num_supervised_tokens: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    best_adapter: dict[str, Tensor] | None = None
+    """Copy of the parameters at the best held-out loss; kept with early stopping only."""
+    num_measured_since_best: int = 0
+    stopped_early: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, on what, and how."""
+
+    model: nn.Module
+    parameters: Parameters
+    optimizer: torch.optim.Optimizer
+    plan: Plan
+    train: Rows
+    heldout: Rows
+    config: TrainingConfig
+    comm: Comm
+    device: torch.device
+    seed: int
+    loss: LossFunction
+    gradients: FlatGradients = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gradients", FlatGradients(self.parameters))
+
+
+@dataclass(frozen=True)
+class _Update:
+    loss: float
+    grad_norm: float
+    learning_rate: float
+
+
+def train(run: Run, position: Position) -> Iterator[StepMetrics]:
+    """Yield one StepMetrics for each optimizer step from the one after ``position`` on.
+
+    Raises:
+        TrainingError: The loss or a gradient is not finite.
+    """
+    while position.step < run.plan.num_steps and not position.stopped_early:
+        watch = time.monotonic()
+        step = position.step + 1
+        num_padded = _add_up_gradients(run, step)
+        update = _update(run, step)
+        seconds = time.monotonic() - watch
+        heldout = _measure(run, step)
+        metrics = _metrics(run, step, update, heldout, num_padded, seconds)
+        _advance(run, position, metrics)
+        position.seconds += time.monotonic() - watch
+        yield metrics
+
+
+def measure_heldout(run: Run) -> float:
+    """Return the mean held-out loss [nats per supervised token], computed by all workers."""
+    rows = heldout_rows(len(run.heldout), run.config.heldout_rows)
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    run.model.eval()
+    with torch.no_grad():
+        for chunk in _shares(run, rows, run.heldout)[run.comm.rank]:
+            total += run.loss(collate(run.heldout, chunk, run.device))
+    run.comm.all_reduce_sum(total)
+    return float(total) / max(1, int(run.heldout.num_supervised[rows].sum()))
+
+
+def keep_best(run: Run, position: Position) -> int:
+    """Put the best adapter back, if one was kept; return the step it is from."""
+    if position.best_adapter is None:
+        return position.step
+    with torch.no_grad():
+        for name, parameter in run.parameters.items():
+            parameter.copy_(position.best_adapter[name])
+    return position.best_step
+
+
+def _add_up_gradients(run: Run, step: int) -> int:
+    """Leave the step's mean loss and its gradients in ``run.gradients``; return padded tokens."""
+    rows = run.plan.rows(step)
+    num_supervised = max(1, int(run.train.num_supervised[rows].sum()))
+    shares = _shares(run, rows, run.train)
+    run.gradients.zero()
+    run.model.train()
+    with _seeded(run, step):
+        for chunk in shares[run.comm.rank]:
+            loss = run.loss(collate(run.train, chunk, run.device)) / num_supervised
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+            run.gradients.loss.add_(loss.detach())
+    run.comm.all_reduce_sum(run.gradients.message)
+    return sum(padded_tokens(chunk, run.train.lengths) for share in shares for chunk in share)
+
+
+def _update(run: Run, step: int) -> _Update:
+    """Take one step of AdamW."""
+    rate = learning_rate(step, run.plan.num_steps, run.config)
+    loss, norm = float(run.gradients.loss), run.gradients.clip(run.config.max_grad_norm)
+    _require_finite(run, step, "loss", loss)
+    _require_finite(run, step, "gradient's norm", norm)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.step()
+    return _Update(loss, norm, rate)
+
+
+def _require_finite(run: Run, step: int, name: str, value: float) -> None:
+    if math.isfinite(value):
+        return
+    rate = learning_rate(step, run.plan.num_steps, run.config)
+    raise TrainingError(
+        f"The {name} is {value} at step {step} (learning rate {rate:.3g}).",
+        why="Every later step would be as broken; the last snapshot is not.",
+        fix=f"Lower training.learning_rate (try {run.config.learning_rate / 3:.1g}), "
+        "lengthen training.warmup, or set quantization.compute_dtype=float32.",
+    )
+
+
+def _measure(run: Run, step: int) -> float | None:
+    """Return the held-out loss if this step is one to measure at: the last one always is."""
+    every = run.config.heldout_every
+    if step != run.plan.num_steps and (every is None or step % every):
+        return None
+    heldout = measure_heldout(run)
+    _require_finite(run, step, "held-out loss", heldout)
+    return heldout
+
+
+def _advance(run: Run, position: Position, metrics: StepMetrics) -> None:
+    position.step = metrics.step
+    position.num_tokens += metrics.num_tokens
+    position.num_supervised_tokens += metrics.num_supervised_tokens
+    if metrics.heldout_loss is not None and run.config.early_stopping is not None:
+        _judge(run, position, metrics.heldout_loss, run.config.early_stopping)
+
+
+def _judge(run: Run, position: Position, heldout: float, patience: int) -> None:
+    """Keep the adapter if it is the best so far; stop after ``patience`` measurements without."""
+    if heldout < position.best_loss:
+        position.best_loss, position.best_step = heldout, position.step
+        position.best_adapter = {n: p.detach().clone() for n, p in run.parameters.items()}
+        position.num_measured_since_best = 0
+        return
+    position.num_measured_since_best += 1
+    is_last = position.step == run.plan.num_steps
+    position.stopped_early = position.num_measured_since_best >= patience and not is_last
+
+
+def _shares(run: Run, rows: Indices, source: Rows) -> list[list[Indices]]:
+    return deal(
+        rows,
+        source.lengths,
+        world_size=run.comm.world_size,
+        micro_batch=run.config.micro_batch,
+    )
+
+
+@contextmanager
+def _seeded(run: Run, step: int) -> Iterator[None]:
+    """Make dropout a function of (seed, step, rank), and leave the caller's random state alone."""
+    entropy = np.random.SeedSequence([run.seed, step, run.comm.rank])
+    devices = [run.device] if run.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+        yield
+
+
+def _metrics(
+    run: Run, step: int, update: _Update, heldout: float | None, num_padded: int, seconds: float
+) -> StepMetrics:
+    rows = run.plan.rows(step)
+    num_tokens = int(run.train.lengths[rows].sum())
+    num_supervised = int(run.train.num_supervised[rows].sum())
+    return StepMetrics(
+        step=step,
+        num_steps=run.plan.num_steps,
+        epoch=run.plan.epoch(step),
+        loss=update.loss,
+        heldout_loss=heldout,
+        learning_rate=update.learning_rate,
+        grad_norm=update.grad_norm,
+        num_tokens=num_tokens,
+        num_supervised_tokens=num_supervised,
+        num_padded_tokens=num_padded,
+        seconds=seconds,
+        tokens_per_s=num_tokens / seconds,
+        supervised_tokens_per_s=num_supervised / seconds,
+        memory_bytes=peak_memory_bytes(run.device),
+    )

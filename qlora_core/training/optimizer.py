@@ -1,0 +1,131 @@
+"""Gradients as one vector, and AdamW on the float32 adapter.
+
+The backward pass adds straight into views of one flat vector. So adding up over workers is one
+collective, the global norm is one reduction, and nothing is copied. The vector has one more place
+at its end, in which the step's loss travels along.
+
+Dims: P trainable parameters, all tensors together.
+Source: Loshchilov & Hutter 2019, arXiv:1711.05101; Dettmers et al. 2022, arXiv:2110.02861 (8-bit).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_core.config import TrainingConfig
+from qlora_core.errors import ResourceError
+
+Parameters = Mapping[str, nn.Parameter]
+
+
+class FlatGradients:
+    """The gradients of all parameters in one vector, and the loss behind them.
+
+    Args:
+        parameters: What is trained; float32, on one device.
+    """
+
+    def __init__(self, parameters: Parameters) -> None:
+        owners = list(parameters.values())
+        size = sum(owner.numel() for owner in owners)
+        self._all = torch.zeros(size + 1, dtype=torch.float32, device=owners[0].device)
+        self.flat_P, self.loss = self._all[:-1], self._all[-1]
+        views = torch.split(self.flat_P, [owner.numel() for owner in owners])
+        for owner, view in zip(owners, views, strict=True):
+            owner.grad = view.view_as(owner)
+
+    @property
+    def message(self) -> Tensor:
+        """(P + 1,) what workers add up: gradients, then the loss."""
+        return self._all
+
+    def zero(self) -> None:
+        """Start a new step."""
+        self._all.zero_()
+
+    def clip(self, max_norm: float) -> float:
+        """Scale the gradients down to a global norm of ``max_norm``; return the norm before."""
+        norm = float(torch.linalg.vector_norm(self.flat_P))
+        if norm > max_norm:
+            self.flat_P.mul_(max_norm / norm)
+        return norm
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """An optimizer's memory as plain data: what a snapshot keeps."""
+
+    tensors: dict[str, Tensor]
+    """By ``<index of the parameter>.<name>``."""
+    numbers: dict[str, float]
+    """What is not a tensor, under such names."""
+
+
+def make_optimizer(
+    parameters: Parameters, config: TrainingConfig, device: torch.device, notes: list[str]
+) -> torch.optim.Optimizer:
+    """Return AdamW as ``config`` wants it; what was replaced is said in ``notes``.
+
+    Raises:
+        ResourceError: bitsandbytes cannot run its 8-bit AdamW here.
+    """
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": config.betas,
+        "eps": 1e-8,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters.values(), fused=True, **settings)
+    is_paged = config.optimizer == "paged_adamw_8bit"
+    if is_paged and device.type != "cuda":
+        notes.append(
+            f"training.optimizer=paged_adamw_8bit ran as adamw_8bit: nothing pages on a {device}."
+        )
+        is_paged = False
+    _require_8bit(device)
+    import bitsandbytes as bnb
+
+    kind = bnb.optim.PagedAdamW8bit if is_paged else bnb.optim.AdamW8bit
+    made: torch.optim.Optimizer = kind(parameters.values(), **settings)
+    return made
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> OptimizerState:
+    """Return copies of everything the optimizer remembers, on the CPU."""
+    tensors, numbers = {}, {}
+    for index, memory in optimizer.state_dict()["state"].items():
+        for name, value in memory.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value.detach().cpu().clone()
+            else:
+                numbers[f"{index}.{name}"] = value
+    return OptimizerState(tensors, numbers)
+
+
+def restore(optimizer: torch.optim.Optimizer, state: OptimizerState) -> None:
+    """Put back what `state_of` returned."""
+    memories: dict[int, dict[str, Any]] = {}
+    for key, value in (state.tensors | state.numbers).items():
+        index, _, name = key.partition(".")
+        memories.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": memories, "param_groups": groups})
+
+
+def _require_8bit(device: torch.device) -> None:
+    """Take one 8-bit step on a throw-away tensor: a missing kernel is found before training."""
+    try:
+        import bitsandbytes as bnb
+
+        probe = nn.Parameter(torch.ones(4096, device=device))
+        probe.grad = torch.ones_like(probe)
+        bnb.optim.AdamW8bit([probe]).step()
+    except Exception as error:
+        raise ResourceError(
+            f"training.optimizer: bitsandbytes' 8-bit AdamW does not run on this {device}: {error}",
+            fix="Try training.optimizer=adamw.",
+        ) from error

@@ -1,0 +1,217 @@
+"""Snapshots: resumable training state, whole or not there, and never trusted unread.
+
+::
+
+    <scratch>/snapshots/step_00000010-0001.1/     step, and the attempt that wrote it
+        adapter.safetensors     the trained parameters, float32
+        optimizer.safetensors   AdamW's moments, exactly
+        best.safetensors        the best adapter so far, with early stopping
+        journal.jsonl           the steps so far
+        state.json              position, and what of the optimizer is not a tensor
+        MANIFEST.json           written last: size and SHA-256 of each file, attempt, job
+
+Files are written and synced in a hidden folder that one rename makes visible. Reading verifies
+every byte; a damaged snapshot is set aside, aloud, and the one before it is used. An old one goes
+only when its successor is on disk. safetensors and JSON only: a snapshot is data, not a program.
+"""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from qlora_core.artifacts import Frozen
+from qlora_core.config import SnapshotConfig
+from qlora_core.errors import storage_error
+from qlora_core.fingerprint import file_digest
+from qlora_core.ports import StepMetrics
+from qlora_core.training.attempt import Attempt
+from qlora_core.training.durable import sync, write_durably
+from qlora_core.training.journal import read_journal
+from qlora_core.training.loop import Position
+from qlora_core.training.optimizer import OptimizerState
+
+SCHEMA = 1
+FOLDER = "snapshots"
+MANIFEST_FILE = "MANIFEST.json"
+_ADAPTER, _OPTIMIZER, _BEST = "adapter.safetensors", "optimizer.safetensors", "best.safetensors"
+_JOURNAL, _STATE = "journal.jsonl", "state.json"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything that training needs to go on as if it had never stopped."""
+
+    position: Position
+    adapter: dict[str, Tensor]
+    optimizer: OptimizerState
+    steps: list[StepMetrics]
+
+
+class SnapshotFile(Frozen):
+    """One file as it was written."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class SnapshotManifest(Frozen):
+    """What a snapshot says of itself."""
+
+    schema_version: int
+    step: int
+    attempt: str
+    job: str
+    """Fingerprint of what is trained and how; only the same job may go on from here."""
+    files: tuple[SnapshotFile, ...]
+
+
+class _State(Frozen):
+    """`state.json`."""
+
+    step: int
+    seconds: float
+    num_tokens: int
+    num_supervised_tokens: int
+    best_loss: float
+    best_step: int
+    num_measured_since_best: int
+    stopped_early: bool
+    optimizer_numbers: dict[str, float]
+
+
+class SnapshotWriter:
+    """Saves when it is time to, and clears away what is no longer needed.
+
+    Args:
+        scratch: The job's scratch folder.
+        config: When to save and how many to keep.
+        attempt: The right to write.
+        job: Fingerprint of the job.
+    """
+
+    def __init__(self, scratch: Path, config: SnapshotConfig, attempt: Attempt, job: str) -> None:
+        self._root = scratch / FOLDER
+        self._config, self._attempt, self._job = config, attempt, job
+        self._saved_at = time.monotonic()
+        self._root.mkdir(parents=True, exist_ok=True)
+
+    def is_due(self, step: int) -> bool:
+        """Say whether to save after ``step``."""
+        every = self._config.every_steps
+        by_step = every is not None and step % every == 0
+        return by_step or time.monotonic() - self._saved_at >= self._config.every_s
+
+    def save(self, state: TrainingState) -> Path:
+        """Write a snapshot; afterwards remove those beyond ``config.keep``.
+
+        Raises:
+            StoreError: There is no room, say; earlier snapshots are untouched.
+            LaunchError: A newer attempt has taken over.
+        """
+        self._attempt.require_current()
+        name = f"step_{state.position.step:08d}-{self._attempt.token}"
+        hidden = self._root / f".{name}.tmp"
+        shutil.rmtree(hidden, ignore_errors=True)
+        try:
+            hidden.mkdir()
+            _write_files(hidden, state)
+            _seal(hidden, state.position.step, self._attempt.token, self._job)
+            self._attempt.require_current()
+            shutil.rmtree(self._root / name, ignore_errors=True)
+            hidden.rename(self._root / name)
+            sync(self._root)
+        except OSError as error:
+            raise storage_error(error, self._root) from error
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+        self._saved_at = time.monotonic()
+        self._clear(self._root / name)
+        return self._root / name
+
+    def _clear(self, newest: Path) -> None:
+        older = [folder for folder in snapshots_in(self._root) if folder != newest]
+        for folder in [*older[self._config.keep - 1 :], *self._root.glob(".step_*.tmp")]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def snapshots_in(root: Path) -> list[Path]:
+    """Return the snapshots' folders, newest first, verified or not."""
+    return sorted(root.glob("step_*"), key=lambda folder: folder.name, reverse=True)
+
+
+def newest_valid(scratch: Path, job: str, notes: list[str]) -> Path | None:
+    """Return the newest snapshot of which every byte is right; set damaged ones aside, aloud."""
+    for folder in snapshots_in(scratch / FOLDER):
+        problem = damage(folder, job)
+        if problem is None:
+            return folder
+        notes.append(f"Snapshot {folder.name} cannot be used: {problem}; trying the one before it.")
+        folder.rename(folder.with_name(f"damaged_{folder.name}"))
+    return None
+
+
+def damage(folder: Path, job: str) -> str | None:
+    """Say what is wrong with a snapshot, or return None."""
+    try:
+        text = (folder / MANIFEST_FILE).read_text("utf-8")
+        manifest = SnapshotManifest.model_validate_json(text)
+    except (OSError, UnicodeDecodeError, ValidationError):
+        return f"its {MANIFEST_FILE} is missing or damaged"
+    if manifest.schema_version != SCHEMA or manifest.job != job:
+        return "it belongs to another job or another version of this program"
+    for file in manifest.files:
+        path = folder / file.name
+        if not path.is_file():
+            return f"{file.name} is missing"
+        if path.stat().st_size != file.size_bytes or file_digest(path) != file.sha256:
+            return f"{file.name} is damaged"
+    return None
+
+
+def load(folder: Path) -> TrainingState:
+    """Read a snapshot that `newest_valid` returned."""
+    saved = _State.model_validate_json((folder / _STATE).read_text("utf-8")).model_dump()
+    numbers = saved.pop("optimizer_numbers")
+    best = load_file(folder / _BEST) if (folder / _BEST).exists() else None
+    return TrainingState(
+        position=Position(**saved, best_adapter=best),
+        adapter=load_file(folder / _ADAPTER),
+        optimizer=OptimizerState(load_file(folder / _OPTIMIZER), numbers),
+        steps=read_journal(folder / _JOURNAL),
+    )
+
+
+def _write_files(folder: Path, state: TrainingState) -> None:
+    position = dict(vars(state.position))
+    best = position.pop("best_adapter")
+    saved = _State(**position, optimizer_numbers=state.optimizer.numbers)
+    lines = "".join(step.model_dump_json() + "\n" for step in state.steps)
+    _write_tensors(folder / _ADAPTER, state.adapter)
+    _write_tensors(folder / _OPTIMIZER, state.optimizer.tensors)
+    if best is not None:
+        _write_tensors(folder / _BEST, best)
+    write_durably(folder / _JOURNAL, lines.encode())
+    write_durably(folder / _STATE, saved.model_dump_json().encode())
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_durably(path, save(on_cpu))
+
+
+def _seal(folder: Path, step: int, attempt: str, job: str) -> None:
+    files = tuple(
+        SnapshotFile(name=path.name, size_bytes=path.stat().st_size, sha256=file_digest(path))
+        for path in sorted(folder.iterdir())
+    )
+    manifest = SnapshotManifest(
+        schema_version=SCHEMA, step=step, attempt=attempt, job=job, files=files
+    )
+    write_durably(folder / MANIFEST_FILE, manifest.model_dump_json(indent=1).encode())
+    sync(folder)

@@ -1,0 +1,166 @@
+"""What one training worker does, from the base's files to the sealed adapter; no Ray in it.
+
+Every worker runs the same code. Rank 0 alone writes: the journal after each step, snapshots when
+due, and the result. It also decides where to go on (the newest snapshot that verifies), and its
+start is everybody's start, so workers on unlike machines still hold the same adapter.
+
+Left in ``job.out``, to be sealed: the adapter in PEFT's format and `curve.jsonl`; byte for byte
+the same for the same job on the same number of workers. What was measured goes to
+``<scratch>/summary.json``.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from qlora_core.config import SnapshotConfig
+from qlora_core.data.prepared import read_split
+from qlora_core.errors import DataError, ResourceError
+from qlora_core.modeling.loading import load_base
+from qlora_core.modeling.lora import attach_adapter, trainable_parameters
+from qlora_core.ports import StepMetrics, TrainJob
+from qlora_core.training import snapshot
+from qlora_core.training.batching import Plan, make_plan
+from qlora_core.training.comm import Comm
+from qlora_core.training.desk import job_fingerprint, open_desk
+from qlora_core.training.loop import Position, Run, train
+from qlora_core.training.memory import activations_fit
+from qlora_core.training.objective import LossFunction
+from qlora_core.training.optimizer import make_optimizer, restore
+
+
+def ignore(_: StepMetrics) -> None:
+    """Listen to no step."""
+
+
+def run_worker(
+    job: TrainJob,
+    comm: Comm,
+    snapshots: SnapshotConfig,
+    launch: str,
+    device: torch.device,
+    on_step: Callable[[StepMetrics], None] = ignore,
+) -> None:
+    """Train to the end, going on from the newest valid snapshot if there is one.
+
+    Args:
+        job: What to train.
+        comm: The line to the other workers.
+        snapshots: When rank 0 saves.
+        launch: Name of this launch, from `attempt.next_launch`.
+        device: Where this worker's model lives.
+        on_step: Called on rank 0 for each step, those of earlier attempts first.
+
+    Raises:
+        TrainingError: The loss or a gradient is not finite.
+        ResourceError: The device has too little memory.
+        StoreError: Snapshots or results cannot be written.
+        LaunchError: A newer attempt has taken over, or other workers are gone.
+    """
+    notes: list[str] = []
+    run = _prepare(job, comm, device, notes)
+    position, steps = _go_on(run, job, notes)
+    if comm.rank == 0:
+        desk = open_desk(run, job, snapshots, launch, position.step, steps, notes)
+        desk.tell(on_step)
+    with _memory_errors(job):
+        for metrics in train(run, position):
+            if comm.rank == 0:
+                desk.record(metrics, position)
+                desk.tell(on_step)
+    if comm.rank == 0:
+        desk.finish(position)
+
+
+def plan_of(job: TrainJob, num_rows: int) -> Plan:
+    """Return the content of every step of ``job`` on a dataset of ``num_rows`` training rows."""
+    return make_plan(
+        seed=job.seed,
+        num_rows=num_rows,
+        global_batch=job.training.global_batch,
+        epochs=job.training.epochs,
+        max_steps=job.training.max_steps,
+    )
+
+
+def _prepare(job: TrainJob, comm: Comm, device: torch.device, notes: list[str]) -> Run:
+    train_rows, heldout = read_split(job.data, "train"), read_split(job.data, "heldout")
+    if not len(train_rows) or not len(heldout):
+        raise DataError(
+            f"There are {len(train_rows)} training and {len(heldout)} held-out rows.",
+            fix="Training needs at least one of each; change dataset.heldout or give more rows.",
+        )
+    model = attach_adapter(load_base(job.base, device), job.adapter, job.seed)
+    _set_checkpointing(model, job, int(train_rows.lengths.max()), device, notes)
+    parameters = trainable_parameters(model)
+    return Run(
+        model=model,
+        parameters=parameters,
+        optimizer=make_optimizer(parameters, job.training, device, notes),
+        plan=plan_of(job, len(train_rows)),
+        train=train_rows,
+        heldout=heldout,
+        config=job.training,
+        comm=comm,
+        device=device,
+        seed=job.seed,
+        loss=LossFunction(model, notes),
+    )
+
+
+def _set_checkpointing(
+    model: PeftModel, job: TrainJob, longest: int, device: torch.device, notes: list[str]
+) -> None:
+    mode = job.training.checkpointing
+    if mode == "auto" and device.type == "cuda":
+        num_tokens = job.training.micro_batch * longest
+        mode = "off" if activations_fit(model.config, num_tokens, device) else "on"
+        if mode == "on":
+            notes.append(
+                f"training.checkpointing=auto recomputes activations: {num_tokens} tokens of a "
+                "micro-batch may not fit otherwise."
+            )
+    if mode == "on":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _go_on(run: Run, job: TrainJob, notes: list[str]) -> tuple[Position, list[StepMetrics]]:
+    """Put everybody where the newest valid snapshot is, or at rank 0's start."""
+    found = None
+    if run.comm.rank == 0:
+        folder = snapshot.newest_valid(job.scratch, job_fingerprint(job), notes)
+        found = folder and str(folder)
+    found = run.comm.broadcast(found)
+    if found is None:
+        _start_like_rank_0(run)
+        return Position(), []
+    state = snapshot.load(Path(found))
+    with torch.no_grad():
+        for name, parameter in run.parameters.items():
+            parameter.copy_(state.adapter[name])
+    restore(run.optimizer, state.optimizer)
+    return state.position, state.steps
+
+
+def _start_like_rank_0(run: Run) -> None:
+    with torch.no_grad():
+        for parameter in run.parameters.values():
+            if run.comm.rank != 0:
+                parameter.zero_()
+            run.comm.all_reduce_sum(parameter)
+
+
+@contextmanager
+def _memory_errors(job: TrainJob) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        smaller = max(1, job.training.micro_batch // 2)
+        raise ResourceError(
+            f"The device ran out of memory with training.micro_batch={job.training.micro_batch}.",
+            why=str(error).partition("\n")[0][:300],
+            fix=f"Try training.micro_batch={smaller} or training.checkpointing=on.",
+        ) from error
