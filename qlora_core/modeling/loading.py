@@ -11,22 +11,30 @@ whatever the compute dtype: so the same base would answer differently on another
 that reads the packed bytes afterwards would read noise. `load_base` turns that off.
 """
 
+import functools
 import logging
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import gguf
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
+from transformers import modeling_gguf_pytorch_utils as gguf_loader
+from transformers.integrations.gguf import read_gguf_metadata
+from transformers.utils import logging as _log
 
 from qlora_core.config import ModelConfig
 from qlora_core.errors import ArtifactError, ModelError, QLoraError
@@ -36,6 +44,10 @@ from qlora_core.sources import Source
 UNLIMITED_CONTEXT = 1 << 30
 """Context length [tokens] of models that state none, such as those with ALiBi positions."""
 
+_INT8_LOGGER = "bitsandbytes.autograd._functions"
+"""Warns in every layer of every forward that LLM.int8() rounds; the base's notes say it once."""
+
+_ALONE = threading.RLock()
 _TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
@@ -77,6 +89,8 @@ def context_length(model: ModelConfig, source: Source) -> int:
     """
     place = _fetch(model, source, with_weights=False)
     with _said_our_way(model, "configuration"):
+        if place.gguf:
+            return _gguf_context_length(place.folder / place.gguf)
         config = AutoConfig.from_pretrained(place.folder, **place.options())
     return context_length_of(config)
 
@@ -87,23 +101,30 @@ def context_length_of(config: Any) -> int:
     return int(stated or UNLIMITED_CONTEXT)
 
 
-def load_original(model: ModelConfig, source: Source, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model as its author published it, every parameter in ``dtype``, on the CPU.
+def load_original(model: ModelConfig, source: Source, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Return the model as its author published it, on the CPU.
 
     A GGUF file is dequantised, and the marks of its format taken off, so that the model can be
     saved like any other.
+
+    Args:
+        model: The model as the recipe names it.
+        source: Where its files are.
+        dtype: Of every parameter; none: as stored, float32 for a GGUF file.
 
     Raises:
         ModelError: It is refused (see `vetting`), damaged or incomplete.
     """
     place = _fetch(model, source, with_weights=True)
-    with _said_our_way(model, "model"):
+    if place.gguf:
+        # without `dequantize` transformers may keep the file's blocks and fetch a kernel for them
+        unpack = GgufConfig(dequantize=True)
+        asked: dict[str, Any] = {"dtype": dtype or torch.float32, "quantization_config": unpack}
+    else:
+        asked = {"dtype": dtype or "auto", "use_safetensors": True}
+    with _said_our_way(model, "model"), _gguf_read_once():
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            place.folder,
-            dtype=dtype,
-            use_safetensors=None if place.gguf else True,
-            output_loading_info=True,
-            **place.options(),
+            place.folder, output_loading_info=True, **asked, **place.options()
         )
     if absent := _absent_weights(report):
         raise ModelError(
@@ -138,6 +159,8 @@ def load_base(folder: Path, device: torch.device | str = "cpu") -> PreTrainedMod
     if absent := _absent_weights(report):
         raise ArtifactError(f"The base in {folder} lacks {len(absent)} weights: {absent[0]!r}, ...")
     _forbid_repacking(loaded)
+    if getattr(loaded, "is_loaded_in_8bit", False):
+        logging.getLogger(_INT8_LOGGER).setLevel(logging.ERROR)
     return loaded.requires_grad_(False).eval()
 
 
@@ -155,17 +178,49 @@ def load_saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings inside, and put them back after."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
+    """Silence transformers' progress bars and warnings inside, and put them back after.
+
+    All of that is global, as is the default dtype that transformers sets while it loads; so one
+    thread at a time is inside.
+    """
+    with _ALONE, warnings.catch_warnings(), _swapped(gguf_loader, "tqdm", _log.tqdm):
+        # (that bar alone is out of reach of transformers' own switch)
+        bars, verbosity = _log.is_progress_bar_enabled(), _log.get_verbosity()
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT uses names transformers will drop
+        _log.set_verbosity(logging.ERROR)
+        _log.disable_progress_bar()
+        try:
+            yield
+        finally:
+            _log.set_verbosity(verbosity)
+            if bars:
+                _log.enable_progress_bar()
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Keep transformers from reading a GGUF's header, and naming its tensors, again and again.
+
+    It does so for the configuration, for the weights and once for each module: 8 of 14 s for
+    SmolLM2.
+    """
+    with (
+        _ALONE,
+        _swapped(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
+        _swapped(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+    ):
+        yield
+
+
+@contextmanager
+def _swapped(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    """Give a module's attribute another value inside; callers hold `_ALONE`."""
+    kept = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        setattr(module, name, kept)
 
 
 def _fetch(model: ModelConfig, source: Source, *, with_weights: bool) -> _Place:
@@ -235,6 +290,12 @@ def _said_as_artifact(folder: Path) -> Iterator[None]:
 
 def _first_lines(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
+
+
+def _gguf_context_length(path: Path) -> int:
+    metadata, _ = read_gguf_metadata(str(path))  # 1 s less than building a configuration
+    stated = metadata.get(f"{metadata['general.architecture']}.context_length")
+    return int(stated or UNLIMITED_CONTEXT)
 
 
 def _absent_weights(report: dict[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_core.config import AdapterConfig
 from qlora_core.errors import ArtifactError, ConfigError
+from qlora_core.modeling.loading import quiet
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -44,7 +45,8 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> 
         The same model inside PEFT's; only the adapter requires gradients.
 
     Raises:
-        ConfigError: The targets match no layer, or the start does not suit the rank.
+        ConfigError: The targets match no layer, the start does not suit the rank, or DoRA is asked
+            for on an 8-bit base.
     """
     targets = target_endings(model, config)
     if config.init == "orthogonal" and config.rank % 2:
@@ -52,7 +54,11 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> 
             f"adapter.init=orthogonal needs an even adapter.rank, not {config.rank}.",
             fix=f"Try adapter.rank={config.rank + 1}.",
         )
-    with torch.random.fork_rng(devices=[]):  # PEFT starts adapters on the CPU, then moves them
+    _refuse_dora_on_int8(model, config)
+    with (
+        quiet(),
+        torch.random.fork_rng(devices=[]),
+    ):  # PEFT starts adapters on the CPU, then moves them
         torch.default_generator.manual_seed(seed)
         adapted = get_peft_model(model, _peft_config(config, targets))
         if config.init == "orthogonal":
@@ -129,7 +135,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         config = LoraConfig.from_pretrained(str(folder))
         state = load_file(folder / WEIGHTS_FILE)
         config.base_model_name_or_path = None  # else PEFT warns that this copy lies elsewhere
-        with torch.random.fork_rng(devices=[]):
+        with quiet(), torch.random.fork_rng(devices=[]):
             adapted = get_peft_model(model, config)
     except Exception as error:  # PEFT and safetensors raise errors of many libraries
         raise ArtifactError(
@@ -182,6 +188,15 @@ def _peft_config(config: AdapterConfig, targets: list[str]) -> LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def _refuse_dora_on_int8(model: PreTrainedModel, config: AdapterConfig) -> None:
+    """PEFT's DoRA reads the weight's norm in a way that loses LLM.int8()'s scales."""
+    if config.dora and getattr(model, "is_loaded_in_8bit", False):
+        raise ConfigError(
+            "adapter.dora=true does not work on quantization.method=int8.",
+            fix="Choose quantization.method=nf4, fp4 or none; or adapter.dora=false.",
+        )
 
 
 def _start_orthogonal(model: PeftModel) -> None:

@@ -1,0 +1,230 @@
+"""Replace a model's linear layers by bitsandbytes' 4- or 8-bit ones, and save the checkpoint.
+
+The layers are replaced here, one by one, and not by transformers while it loads: a GGUF file cannot
+be loaded and quantised in one go, the float weight is still at hand to measure what quantising it
+cost, and each is freed before the next is touched. What is saved is a plain transformers checkpoint
+that `from_pretrained` opens as 4-bit again.
+
+Weights are always quantised from float32 and on the CPU, so a GPU in the machine does not change
+the bytes; the compute dtype only says what they are dequantised *to* (bitsandbytes keeps that with
+each weight). The output head is never quantised: it is often tied to the embeddings, which are
+looked up and not multiplied.
+
+Dims: O out features, I in features.
+Source: Dettmers et al. 2022, arXiv:2208.07339 (LLM.int8); 2023, arXiv:2305.14314 (NF4, double).
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from qlora_core.config import QuantizationConfig
+from qlora_core.errors import ConfigError, ModelError
+from qlora_core.modeling.loading import quiet
+
+OnLayer = Callable[[int, int, str], None]
+"""Called after each layer with (done, total, name)."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What quantising did."""
+
+    layer_errors: dict[str, float]
+    """RMS(dequantised - original) / RMS(original) of each layer [dimensionless]."""
+    num_parameters: int
+    num_quantized_parameters: int
+
+
+def quantize_model(
+    model: PreTrainedModel,
+    config: QuantizationConfig,
+    compute_dtype: torch.dtype,
+    on_layer: OnLayer,
+) -> Quantized:
+    """Quantise ``model`` in place; whatever stays unquantised is cast to ``compute_dtype``.
+
+    Raises:
+        ConfigError: `quantization.skip` names a module that is not there.
+        ModelError: A weight is not finite, or the model has no linear layer.
+    """
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    chosen = [] if config.method == "none" else layers_to_quantize(model, config)
+    errors: dict[str, float] = {}
+    num_quantized = 0
+    for done, name in enumerate(chosen, start=1):
+        layer: Any = model.get_submodule(name)
+        num_quantized += layer.weight.numel()
+        errors[name] = _replace(model, name, layer, config, compute_dtype)
+        on_layer(done, len(chosen), name)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(compute_dtype)
+    model.config.dtype = compute_dtype
+    if chosen:
+        model.config.quantization_config = _describe(model, config, compute_dtype)
+    return Quantized(errors, num_parameters, num_quantized)
+
+
+def layers_to_quantize(model: PreTrainedModel, config: QuantizationConfig) -> list[str]:
+    """Return the names of the linear layers to quantise, in the model's order.
+
+    Raises:
+        ConfigError: `quantization.skip` names a module that is not there.
+        ModelError: Nothing is left to quantise.
+    """
+    known = [name for name, _ in model.named_modules()]
+    for skip in config.skip:
+        if skip != "lm_head" and not any(_is_within(name, skip) for name in known):
+            raise ConfigError(
+                f"quantization.skip: {skip!r} matches no module of this model.",
+                fix="Name modules by their endings, such as lm_head or mlp.down_proj.",
+            )
+    head = model.get_output_embeddings()
+    chosen = [
+        name
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D))
+        and module is not head
+        and not any(_is_within(name, skip) for skip in config.skip)
+    ]
+    if not chosen:
+        raise ModelError(
+            f"{type(model).__name__} has no linear layer to quantise (after quantization.skip).",
+            fix="Choose quantization.method=none, or skip less.",
+        )
+    return chosen
+
+
+def dequantized(layer: Any) -> Tensor:
+    """Return what a linear layer's weight stands for, float32, whatever it is stored as."""
+    weight: Tensor = layer.weight
+    if isinstance(weight, Params4bit):
+        full: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        return full.float()
+    if isinstance(weight, Int8Params):
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+        full = bnb.functional.int8_vectorwise_dequant(weight.data, scales)
+        return full.float()
+    return weight.detach().float()
+
+
+def save_checkpoint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write weights, configuration and tokenizer; the same model makes the same bytes.
+
+    transformers writes down where a tokenizer and a model came from; that is left out, as it says
+    nothing about them and differs between machines.
+    """
+    model.config._name_or_path = ""
+    if hasattr(model.config, "_model_name_or_path"):
+        del model.config._model_name_or_path
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def stored_bytes(folder: Path) -> int:
+    """Return the bytes of all tensors in a folder's safetensors files, without their headers."""
+    return sum(_tensor_bytes(path) for path in folder.glob("*.safetensors"))
+
+
+def _replace(
+    model: PreTrainedModel,
+    name: str,
+    layer: Any,
+    config: QuantizationConfig,
+    compute_dtype: torch.dtype,
+) -> float:
+    """Put a quantised layer in the place of ``layer`` and return its relative error."""
+    original_OI: Tensor = layer.weight.detach().float()
+    if isinstance(layer, Conv1D):  # GPT-2's linear layer, which stores (I, O)
+        original_OI = original_OI.T.contiguous()
+    make = _int8_layer if config.method == "int8" else _four_bit_layer
+    replacement = make(original_OI, layer.bias, config, compute_dtype)
+    error = relative_error(dequantized(replacement), original_OI)
+    if not math.isfinite(error):
+        raise ModelError(
+            f"The weight of {name} holds NaN or infinity.",
+            fix="The checkpoint is damaged or was trained to overflow; use another one.",
+        )
+    model.set_submodule(name, replacement)
+    return error
+
+
+def relative_error(approximate: Tensor, original: Tensor) -> float:
+    """Return RMS(approximate - original) / RMS(original), 0 where both are zero."""
+    noise, signal = (approximate - original).norm().item(), original.norm().item()
+    return noise / signal if noise else 0.0
+
+
+def _four_bit_layer(
+    weight_OI: Tensor, bias: Tensor | None, config: QuantizationConfig, compute_dtype: torch.dtype
+) -> Linear4bit:
+    num_out, num_in = weight_OI.shape
+    layer = Linear4bit(num_in, num_out, bias is not None, compute_dtype, device="meta")
+    weight = Params4bit(
+        weight_OI,
+        requires_grad=False,
+        compress_statistics=config.double,
+        quant_type=config.method,
+        module=layer,
+    )
+    layer.weight = weight.to("cpu")  # bitsandbytes quantises when a weight is moved
+    layer.weight.quant_state.dtype = compute_dtype
+    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
+
+
+def _int8_layer(
+    weight_OI: Tensor, bias: Tensor | None, _config: QuantizationConfig, _dtype: torch.dtype
+) -> Linear8bitLt:
+    num_out, num_in = weight_OI.shape
+    layer = Linear8bitLt(
+        num_in, num_out, bias is not None, has_fp16_weights=False, threshold=6.0, device="meta"
+    )
+    layer.weight = Int8Params(weight_OI, requires_grad=False).to("cpu")
+    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
+
+
+def _describe(
+    model: PreTrainedModel, config: QuantizationConfig, compute_dtype: torch.dtype
+) -> BitsAndBytesConfig:
+    """Return what `from_pretrained` must know to build the same layers again."""
+    kept = [name for name, m in model.named_modules() if type(m) is nn.Linear]
+    kept += [name for name, m in model.named_modules() if isinstance(m, Conv1D)]
+    if config.method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.method,
+        bnb_4bit_use_double_quant=config.double,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=kept,
+    )
+
+
+def _is_within(name: str, module: str) -> bool:
+    """Say whether ``name`` is ``module`` or lies below it, wherever that begins in the tree."""
+    return f".{module}." in f".{name}."
+
+
+def _tensor_bytes(path: Path) -> int:
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    entries = [entry for name, entry in header.items() if name != "__metadata__"]
+    return int(max(entry["data_offsets"][1] for entry in entries))

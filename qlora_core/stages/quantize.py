@@ -1,0 +1,120 @@
+"""Stage `quantize_base`: from the model as published to the frozen base everybody loads.
+
+After it, no stage and no worker opens the 16-bit model again (merging onto the original weights
+apart). Peak memory is the original model plus one layer: each layer's float weight is freed as soon
+as its quantised one stands in its place.
+"""
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_core.artifacts import QuantizedBase
+from qlora_core.config import ModelConfig, QuantizationConfig
+from qlora_core.errors import ModelError, storage_error
+from qlora_core.modeling.dtypes import dtype_name, present_device_type, resolve_compute_dtype
+from qlora_core.modeling.loading import context_length_of, load_original, load_tokenizer
+from qlora_core.modeling.quantization import (
+    Quantized,
+    quantize_model,
+    save_checkpoint,
+    stored_bytes,
+)
+from qlora_core.ports import Context, stage
+from qlora_core.sources import Source
+
+NAME = "quantize_base"
+
+
+@stage(
+    NAME,
+    version=1,
+    facts=QuantizedBase,
+    packages=("torch", "transformers", "bitsandbytes"),
+)
+def quantize_base(
+    ctx: Context,
+    model: ModelConfig,
+    quantization: QuantizationConfig,
+    source: Source,
+    template: Source | None,
+) -> QuantizedBase:
+    """Quantise the model and save it with its tokenizer to ``ctx.out/model``.
+
+    Args:
+        ctx: Where to write, and whom to tell.
+        model: The model as the recipe names it.
+        quantization: How to store it; a `compute_dtype` of `auto` means this machine's device.
+        source: Where its files are.
+        template: A Jinja file to use instead of the tokenizer's own chat template.
+
+    Raises:
+        ModelError: The model is refused, damaged, or does not fit its tokenizer.
+        ConfigError: `quantization.skip` names a module that is not there.
+        StoreError: The checkpoint cannot be written.
+    """
+    compute_dtype = resolve_compute_dtype(quantization.compute_dtype, present_device_type())
+    tokenizer = load_tokenizer(model, source, template)
+    ctx.progress.say(NAME, f"opening {source.uri}")
+    loaded = load_original(model, source, None)
+    _check_vocabulary(loaded, tokenizer)
+    result = quantize_model(
+        loaded,
+        quantization,
+        compute_dtype,
+        lambda i, n, name: ctx.progress.update(NAME, i, n, name),
+    )
+    folder = ctx.out / "model"
+    try:
+        save_checkpoint(loaded, tokenizer, folder)
+    except OSError as error:
+        raise storage_error(error, folder) from None
+    return _facts(
+        loaded, result, model, quantization.method, dtype_name(compute_dtype), stored_bytes(folder)
+    )
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"The tokenizer knows {len(tokenizer)} tokens, but the model embeds only {rows}.",
+            why="The tokens beyond have no embedding: text with them cannot be read.",
+            fix="Use the tokenizer that belongs to this model, or resize the model's embeddings "
+            "(model.resize_token_embeddings) and save it before.",
+        )
+
+
+def _facts(
+    loaded: PreTrainedModel,
+    result: Quantized,
+    model: ModelConfig,
+    method: str,
+    compute_dtype: str,
+    size_bytes: int,
+) -> QuantizedBase:
+    errors = result.layer_errors
+    return QuantizedBase(
+        method=method,
+        architecture=type(loaded).__name__,
+        source=f"{model.source}@{model.revision}" if model.revision else model.source,
+        compute_dtype=compute_dtype,
+        num_parameters=result.num_parameters,
+        num_quantized_parameters=result.num_quantized_parameters,
+        size_bytes=size_bytes,
+        bits_per_parameter=8 * size_bytes / result.num_parameters,
+        context_length=context_length_of(loaded.config),
+        mean_relative_error=sum(errors.values()) / len(errors) if errors else 0.0,
+        layer_errors=errors,
+        tied_embeddings=bool(loaded.config.get_text_config().tie_word_embeddings),
+        notes=_notes(model, method),
+    )
+
+
+def _notes(model: ModelConfig, method: str) -> tuple[str, ...]:
+    notes = []
+    if model.source.lower().endswith(".gguf") and method != "none":
+        notes.append(
+            "The GGUF file is quantised itself: layer errors are against its dequantised weights."
+        )
+    if method == "int8":
+        notes.append("LLM.int8() rounds activations too, and computes outliers in float16.")
+    return tuple(notes)
