@@ -8,6 +8,7 @@ left; `replay` sends that later, from any process.
 System metrics are sampled here and go the same way, as steps of whole seconds since the run began.
 """
 
+import importlib.metadata
 import json
 import threading
 import time
@@ -30,7 +31,7 @@ from qlora_core.backends.journal import (
     StartRecord,
     TagsRecord,
 )
-from qlora_core.backends.mlflow_client import MASK, mask_credentials
+from qlora_core.backends.mlflow_client import MASK, connect, local_place, mask_credentials
 from qlora_core.backends.mlflow_delivery import (
     Delivery,
     Destination,
@@ -349,3 +350,28 @@ def _report(delivery: Delivery, num_lost: int, reason: str) -> TrackingReport:
         num_lost=num_lost,
         reason=trouble or delivery.refusal,
     )
+
+
+def try_out(folder: Path) -> str:
+    """Track one number in a new MLflow in ``folder``, read it back, and say so in one line.
+
+    Raises:
+        RuntimeError: It did not come back.
+    """
+    place = local_place(folder)
+    tracker = MlflowTracker(
+        folder / "journal",
+        place.tracking_uri,
+        "doctor",
+        "doctor",
+        artifact_location=place.artifact_location,
+        sample_every_s=None,
+    )
+    tracker.log_metrics({"answer": 42.0}, step=1)
+    report = tracker.close("FINISHED", timeout_s=120)
+    if not report.is_complete() or report.run_id is None:
+        raise RuntimeError(report.sentence() or "no MLflow run was made")
+    history = connect(place.tracking_uri).get_metric_history(report.run_id, "answer")
+    if [(point.step, point.value) for point in history] != [(1, 42.0)]:
+        raise RuntimeError(f"a metric came back as {history}")
+    return f"{importlib.metadata.version('mlflow')}: a metric went to SQLite and back"
