@@ -12,6 +12,7 @@ Every model is frozen and closed. The text below a field is its documentation ev
 JSON Schema that editors read, in Prefect's form, and in error messages.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -378,6 +379,12 @@ def absolute(base: Path, uri: str) -> str:
     return str((base / path).resolve()) if looks_local or (base / path).exists() else uri
 
 
+def is_hub_id(uri: str) -> bool:
+    """Say whether ``uri`` has the form ``org/name`` (or ``hub:org/name``) and is no data file."""
+    return bool(_HUB_ID.match(uri)) and not uri.lower().endswith(_FILE_ENDINGS)
+
+
+_HUB_ID = re.compile(r"^(hub:)?\w[\w.-]*/\w[\w.-]*$")
 _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gguf", ".py", ".jinja", ".j2", ".txt")
 
 

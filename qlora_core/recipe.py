@@ -9,7 +9,7 @@ into gigabytes), and so is a file of more than 256 KiB.
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from qlora_core.config import (
     RunConfig,
     absolute,
     config_types,
+    is_hub_id,
     locators,
     resolve_paths,
 )
 from qlora_core.errors import ConfigError
 
 MAX_BYTES = 256 * 1024
-_HUB_ID = re.compile(r"^(hub:)?[\w.-]+/[\w.-]+$")
 _FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 _INT = re.compile(r"^[-+]?\d+$")
 _CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False}
@@ -92,7 +92,7 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, int]]:
 class _NoAliasLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(
                 problem="aliases (*name) are not allowed in a recipe; write the value out",
                 problem_mark=event.start_mark,
@@ -168,11 +168,13 @@ def _apply_override(data: dict[str, Any], text: str) -> str:
     return name
 
 
-def _missing_files(data: Mapping[str, Any], base_of: Any) -> list[tuple[str, str]]:
+def _missing_files(
+    data: Mapping[str, Any], base_of: Callable[[str], Path]
+) -> list[tuple[str, str]]:
     problems = []
     for name, uri in locators(data):
         found = absolute(base_of(name), uri)
-        is_hub = _HUB_ID.match(uri) and name.endswith(".source") and found == uri
+        is_hub = is_hub_id(uri) and name.endswith(".source") and found == uri
         if not (is_hub or found.startswith("package:") or "://" in found):
             path = Path(found)
             if not path.exists():
@@ -186,6 +188,8 @@ def _missing_files(data: Mapping[str, Any], base_of: Any) -> list[tuple[str, str
 def _validation_problems(error: ValidationError, data: Mapping[str, Any]) -> list[tuple[str, str]]:
     told: dict[str, list[str]] = {}
     for detail in error.errors():
+        if detail["type"] == "literal_error" and isinstance(detail["input"], dict):
+            continue  # a branch of a union that was plainly not meant
         name = _dotted(detail["loc"], data)
         told.setdefault(name, []).append(_message(detail, name))
     return [(name, "; or ".join(dict.fromkeys(texts))) for name, texts in told.items()]

@@ -6,15 +6,13 @@ byte; a hub repository is named by its id and commit, which is a hash already.
 """
 
 import importlib.util
-import re
 from pathlib import Path
 from typing import Literal
 
 from qlora_core.artifacts import Frozen
+from qlora_core.config import is_hub_id
 from qlora_core.errors import UserError
 from qlora_core.fingerprint import file_digest, files_below, fingerprint, tree_digest
-
-_HUB_ID = re.compile(r"^(hub:)?[\w.-]+/[\w.-]+$")
 
 
 class Source(Frozen):
@@ -51,7 +49,7 @@ def find_source(uri: str, revision: str | None = None, *, field: str = "source")
         return Source(uri=uri, kind="file", path=path.resolve(), digest=file_digest(path))
     if path.is_dir():
         return Source(uri=uri, kind="folder", path=path.resolve(), digest=_folder_digest(path))
-    if _HUB_ID.match(uri) and not uri.lower().endswith((".jsonl", ".csv", ".json", ".parquet")):
+    if is_hub_id(uri):
         hub_id = uri.removeprefix("hub:")
         digest = fingerprint({"hub": hub_id, "revision": revision})
         return Source(uri=uri, kind="hub", hub_id=hub_id, revision=revision, digest=digest)

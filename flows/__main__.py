@@ -1,0 +1,293 @@
+"""The command line: ``qlora``.
+
+Only Typer and Rich are imported here, so ``qlora --help`` answers at once; each command imports
+what it needs when it is called. Errors that a person can mend end with exit code 2 and a text that
+says what to change; all others with 1. A traceback is shown for ``--debug`` alone, but never lost:
+what was not foreseen is written to a file that the message names.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from flows.chat import Conversation
+    from qlora_core.config import RunConfig
+
+app = typer.Typer(
+    name="qlora",
+    help="From one YAML to a verified fine-tuned model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+Recipe = Annotated[Path, typer.Argument(metavar="FILE", help="The recipe, a YAML file.")]
+Run = Annotated[
+    str | None,
+    typer.Argument(metavar="[RUN]", help="A run's id or how it begins; none: the newest run."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Change a field of the recipe: --set training.learning_rate=1e-4. Repeatable.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    if debug:
+        os.environ["QLORAFLOW_DEBUG"] = "1"
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Address of a running Ray to train on.")
+    ] = None,
+) -> None:
+    """Do everything: prepare, quantise, train, evaluate, merge, register.
+
+    Called again, it continues where it was killed, and reuses what is there already.
+    """
+    given = [*(overrides or []), *([f"cluster.address={cluster}"] if cluster else [])]
+    config = _load(recipe, given)
+    from flows.run import run_and_report
+
+    run_and_report(config, out)
+
+
+@app.command()
+def plan(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a run would do: what is cached, steps, tokens, memory per device."""
+    config = _load(recipe, overrides)
+    from flows.planning import make_plan, show_plan
+
+    made = make_plan(config)
+    if as_json:
+        print(made.model_dump_json(indent=1))  # noqa: T201  # for programs: no wrapping, no colour
+    else:
+        show_plan(out, made)
+
+
+@app.command()
+def show(
+    run: Run = None,
+    as_json: AsJson = False,
+    store: Annotated[Path | None, typer.Option(help="Folder of the store.")] = None,
+    all_runs: Annotated[bool, typer.Option("--all", help="List all runs.")] = False,
+) -> None:
+    """Show what a run built and how base, tuned and merged model compare."""
+    from flows.records import load_record, records
+    from flows.report import runs_table, show_record
+
+    root = store or _home()
+    if all_runs:
+        found = records(root)
+        if as_json:
+            print(json.dumps([r.model_dump(mode="json") for r in found], indent=1))  # noqa: T201
+        else:
+            out.print(runs_table(found))
+        return
+    record = load_record(root, run)
+    if as_json:
+        print(record.model_dump_json(indent=1))  # noqa: T201
+    else:
+        show_record(out, record)
+
+
+@app.command()
+def ui(
+    stop: Annotated[bool, typer.Option("--stop", help="End both servers instead.")] = False,
+    store: Annotated[Path | None, typer.Option(help="Folder of the store.")] = None,
+) -> None:
+    """Start the Prefect and MLflow UIs on this machine's stores, and say where they are."""
+    from flows.server import ensure_mlflow_ui, ensure_server, stop_mlflow_ui, stop_server
+    from tasks.wiring import default_tracking_uri
+
+    home = _home()
+    if stop:
+        stops = {"Prefect": stop_server, "MLflow": stop_mlflow_ui}
+        ended = [name for name, end in stops.items() if end(home)]
+        out.print(f"ended: {', '.join(ended) or 'nothing was running'}")
+        return
+    prefect = ensure_server(home)
+    mlflow = ensure_mlflow_ui(home, default_tracking_uri(store or home))
+    out.print(f"[bold]Prefect[/]  {prefect.ui_url}", highlight=False)
+    if prefect.auth:
+        out.print(f"         it asks for a password: {escape(prefect.auth)}", highlight=False)
+    out.print(f"[bold]MLflow[/]   {mlflow}", highlight=False)
+    out.print("Both go on until `qlora ui --stop`.")
+
+
+@app.command()
+def chat(
+    run: Run = None,
+    subject: Annotated[
+        Literal["merged", "tuned", "base"] | None,
+        typer.Option(help="Which model; none: merged if there is one, else tuned."),
+    ] = None,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", help="Answer this and end.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 always takes the likeliest token.")
+    ] = 0.0,
+    keep: Annotated[
+        bool, typer.Option(help="Keep the conversation; without, each message stands alone.")
+    ] = False,
+    store: Annotated[Path | None, typer.Option(help="Folder of the store.")] = None,
+) -> None:
+    """Talk to the model that a run made."""
+    from flows.chat import open_conversation
+    from flows.records import load_record
+
+    record = load_record(store or _home(), run)
+    conversation = open_conversation(record, subject, max_new_tokens, lambda x: err.print(x))
+    if message is not None:
+        _say(conversation, message, temperature)
+        return
+    err.print("[dim]An empty line ends it; /new forgets the conversation.[/]")
+    while text := _ask():
+        if text == "/new" or not keep:
+            conversation.forget()
+        if text != "/new":
+            _say(conversation, text, temperature)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Try out device, bitsandbytes, Ray, Prefect and MLflow, and say what to change."""
+    from flows.doctor import check_all
+
+    checks = []
+    for check in check_all(_home()):
+        checks.append(check)
+        if not as_json:
+            mark = "[green]✓[/]" if check.ok else "[red]✗[/]"
+            out.print(f"{mark} [bold]{check.part:<13}[/] {escape(check.found)}", highlight=False)
+            if check.fix:
+                out.print(f"  {'':<13} {escape(check.fix)}", highlight=False)
+    if as_json:
+        print(json.dumps([c.model_dump() for c in checks], indent=1))  # noqa: T201
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, with which editors complete and check them."""
+    from qlora_core.config import RunConfig
+
+    made = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    print(json.dumps(made | RunConfig.model_json_schema(), indent=1))  # noqa: T201
+
+
+@app.command()
+def deploy(
+    recipe: Recipe,
+    cron: Annotated[
+        str | None, typer.Option(help='When to run, as in "0 2 * * *"; none: when asked.')
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Register a recipe with Prefect, to run on a schedule."""
+    config = _load(recipe, overrides)
+    from flows.deploy import deploy as register
+
+    out.print(register(config, cron))
+
+
+@app.command()
+def sync(store: Annotated[Path | None, typer.Option(help="Folder of the store.")] = None) -> None:
+    """Send to MLflow what could not be sent while it was away."""
+    from flows.run import sync_runs
+
+    sync_runs(store or _home(), out)
+
+
+def main() -> None:
+    """Run the command line, and turn errors into a text and an exit code."""
+    from qlora_core.errors import QLoraError
+
+    try:
+        app(standalone_mode=True)
+    except QLoraError as error:
+        _tell(error.what, error.why, error.fix)
+        _debug()
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("stopped; the same command goes on from here")
+        sys.exit(130)
+    except Exception as error:  # whatever it is, a person gets a sentence and a file to send
+        _debug()
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="qlora-error-", suffix=".txt", delete=False
+        ) as file:
+            traceback.print_exc(file=file)
+        _tell(
+            f"{type(error).__name__}: {error}",
+            "This was not foreseen: it is an error of qloraflow.",
+            f"The details are in {file.name}; the same command with --debug shows them.",
+        )
+        sys.exit(1)
+
+
+def _load(recipe: Path, overrides: list[str] | None) -> "RunConfig":
+    from qlora_core.recipe import load_config
+
+    return load_config(recipe, overrides or [])
+
+
+def _home() -> Path:
+    given = os.environ.get("QLORAFLOW_HOME")
+    return Path(given).expanduser().resolve() if given else Path.home() / ".qloraflow"
+
+
+def _ask() -> str:
+    try:
+        return err.input("[bold]> [/]").strip()
+    except EOFError:
+        return ""
+
+
+def _say(conversation: "Conversation", text: str, temperature: float) -> None:
+    for piece in conversation.answer(text, temperature):
+        print(piece, end="", flush=True)  # noqa: T201  # token by token
+    print()  # noqa: T201
+
+
+def _tell(what: str, why: str, fix: str) -> None:
+    err.print(f"[bold red]error:[/] {escape(what)}", highlight=False, soft_wrap=True)
+    for part in (why, fix):
+        if part:
+            err.print(f"  {escape(part)}", highlight=False, soft_wrap=True)
+
+
+def _debug() -> None:
+    if os.environ.get("QLORAFLOW_DEBUG"):
+        err.print_exception()
+
+
+if __name__ == "__main__":
+    main()

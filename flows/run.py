@@ -1,0 +1,43 @@
+"""``qlora run`` and ``qlora sync``: a run with somebody watching it."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from flows.console import progress_on
+from flows.finetune import run_recipe
+from flows.records import RunRecord, load_record, records
+from flows.report import addresses, show_record
+from flows.server import server_status
+from qlora_core.backends.mlflow_tracking import replay
+from qlora_core.config import RunConfig
+from tasks import wiring
+from tasks.wiring import Surroundings
+
+
+def run_and_report(config: RunConfig, console: Console) -> RunRecord:
+    """Run a recipe with progress on ``console``, ending in what was built and where to look.
+
+    Raises:
+        QLoraError: What went wrong; the same command continues from there.
+    """
+    store = wiring.store_root(config)
+    with progress_on(console) as progress:
+        result = run_recipe(config, Surroundings(progress))
+    record = load_record(store, result.run_id)
+    console.print()
+    show_record(console, record)
+    if result.tracking_note:
+        console.print(f"[yellow]{escape(result.tracking_note)}[/]")
+    server = server_status(wiring.home())
+    console.print(addresses(store, record, server.ui_url if server else None))
+    return record
+
+
+def sync_runs(store: Path, console: Console) -> None:
+    """Send what MLflow has not yet, of every run that is not at work."""
+    for record in records(store):
+        if record.state != "running":
+            sent = replay(store / "runs" / record.run_id / "journal")
+            console.print(f"{record.run_id}: {escape(sent.sentence())}", highlight=False)
