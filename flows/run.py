@@ -40,4 +40,4 @@ def sync_runs(store: Path, console: Console) -> None:
     for record in records(store):
         if record.state != "running":
             sent = replay(store / "runs" / record.run_id / "journal")
-            console.print(f"{record.run_id}: {escape(sent.sentence())}", highlight=False)
+            console.print(f"{record.run_id}: {escape(sent.sentence() or "MLflow has everything")}", highlight=False)
