@@ -122,7 +122,7 @@ def ui(
 ) -> None:
     """Start the Prefect and MLflow UIs on this machine's stores, and say where they are."""
     from flows.server import ensure_mlflow_ui, ensure_server, stop_mlflow_ui, stop_server
-    from tasks.wiring import default_tracking_uri
+    from tasks.places import default_tracking_uri
 
     home = _home()
     if stop:

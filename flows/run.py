@@ -12,7 +12,7 @@ from flows.report import addresses, show_record
 from flows.server import server_status
 from qlora_core.backends.mlflow_tracking import replay
 from qlora_core.config import RunConfig
-from tasks import wiring
+from tasks import places
 from tasks.wiring import Surroundings
 
 
@@ -22,7 +22,7 @@ def run_and_report(config: RunConfig, console: Console) -> RunRecord:
     Raises:
         QLoraError: What went wrong; the same command continues from there.
     """
-    store = wiring.store_root(config)
+    store = places.store_root(config)
     with progress_on(console) as progress:
         result = run_recipe(config, Surroundings(progress))
     record = load_record(store, result.run_id)
@@ -30,7 +30,7 @@ def run_and_report(config: RunConfig, console: Console) -> RunRecord:
     show_record(console, record)
     if result.tracking_note:
         console.print(f"[yellow]{escape(result.tracking_note)}[/]")
-    server = server_status(wiring.home())
+    server = server_status(places.home())
     console.print(addresses(store, record, server.ui_url if server else None))
     return record
 
@@ -40,4 +40,7 @@ def sync_runs(store: Path, console: Console) -> None:
     for record in records(store):
         if record.state != "running":
             sent = replay(store / "runs" / record.run_id / "journal")
-            console.print(f"{record.run_id}: {escape(sent.sentence() or "MLflow has everything")}", highlight=False)
+            console.print(
+                f"{record.run_id}: {escape(sent.sentence() or 'MLflow has everything')}",
+                highlight=False,
+            )

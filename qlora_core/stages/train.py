@@ -46,14 +46,15 @@ def train_adapter(
 
 def _listener(ctx: Context) -> Callable[[StepMetrics], None]:
     def on_step(metrics: StepMetrics) -> None:
-        ctx.tracker.log_metrics(_tracked(metrics), metrics.step)
+        ctx.tracker.log_metrics(tracked_metrics(metrics), metrics.step)
         note = f"loss {metrics.loss:.3f} · {metrics.tokens_per_s:.0f} tok/s"
         ctx.progress.update("train_adapter", metrics.step, metrics.num_steps, note)
 
     return on_step
 
 
-def _tracked(metrics: StepMetrics) -> dict[str, float]:
+def tracked_metrics(metrics: StepMetrics) -> dict[str, float]:
+    """Return a step's numbers under the names that trackers know them by."""
     tracked = {
         "train/loss": metrics.loss,
         "train/learning_rate": metrics.learning_rate,

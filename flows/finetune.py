@@ -1,0 +1,121 @@
+"""The main flow: one recipe to a verified fine-tuned model.
+
+::
+
+    prepare dataset --+--> train adapter --+--> evaluate tuned ------------+
+                      |                    '--> merge --> evaluate merged -+--> register
+    quantize base ----+--> evaluate base ----------------------------------+
+
+What does not depend on each other runs at the same time, in threads; training computes in Ray's
+processes. The first stage that fails ends the run at once, since a person waits for the reason.
+
+A flow run is Prefect's; a *run* is ours (see `records`): if this process is killed, the next call
+with the same recipe is another flow run, and the same run in our records and in MLflow.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.futures import PrefectFuture, as_completed
+from prefect.states import Cancelled
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows import tracking
+from flows.lifecycle import INTERRUPTIONS, ActiveRun, refuse_secrets, running, set_state
+from flows.records import load_record
+from flows.result import RunResult, page
+from flows.server import ensure_server
+from qlora_core.config import RunConfig
+from tasks import places, stages, wiring
+from tasks.wiring import Surroundings, Workspace
+
+_threads: Any = ThreadPoolTaskRunner(max_workers=8)  # Prefect's own types disagree on it
+
+
+def run_recipe(config: RunConfig, surroundings: Surroundings) -> RunResult:
+    """Run a recipe on the Prefect server in use; what `qlora run` calls.
+
+    Raises:
+        QLoraError: What went wrong, in the words of the stage it went wrong in.
+        KeyboardInterrupt: The run was cancelled by Ctrl-C or SIGTERM, and is marked so.
+    """
+    refuse_secrets(config)
+    connection = ensure_server(places.home())
+    with connection.in_use(), wiring.surrounded_by(surroundings):
+        try:
+            return finetune(config)
+        except INTERRUPTIONS as interruption:
+            last = load_record(places.store_root(config)).attempts[-1]
+            set_state(last.prefect_flow_run_id, Cancelled(message="Cancelled at the keyboard."))
+            raise KeyboardInterrupt from interruption
+
+
+@flow(
+    name="finetune",
+    task_runner=_threads,
+    persist_result=False,
+)
+def finetune(config: RunConfig) -> RunResult:
+    """From rows and a model to an evaluated, merged and registered fine-tuned model.
+
+    Args:
+        config: The recipe.
+    """
+    with running(config) as run:
+        made = _finish(_submit(run.workspace))
+        return _publish(run, made)
+
+
+def _submit(ws: Workspace) -> dict[str, PrefectFuture[Any]]:
+    """Submit every stage; Prefect starts each when its inputs are there."""
+    data = stages.prepare_dataset.submit(ws)
+    base = stages.quantize_base.submit(ws)
+    adapter = stages.train_adapter.submit(ws, base, data)
+    made: dict[str, PrefectFuture[Any]] = {
+        "data": data,
+        "base": base,
+        "base_report": stages.evaluate_base.submit(ws, base, data),
+        "adapter": adapter,
+        "tuned_report": stages.evaluate_tuned.submit(ws, base, data, adapter),
+    }
+    if ws.config.merge.enabled:
+        merged = stages.merge_adapter.submit(ws, base, adapter, data)
+        made["merged"] = merged
+        made["merged_report"] = stages.evaluate_merged.submit(ws, base, data, merged)
+    if ws.config.registry.enabled:
+        models = (base, adapter, made.get("merged"))
+        reports = (made["base_report"], made["tuned_report"], made.get("merged_report"))
+        made["registered"] = stages.register_model.submit(ws, *models, *reports)
+    return made
+
+
+def _finish(made: Mapping[str, PrefectFuture[Any]]) -> dict[str, Any]:
+    """Wait for all; raise what the first one that failed raised."""
+    for future in as_completed(list(made.values())):
+        if future.state.is_failed() or future.state.is_crashed():
+            future.result()
+    return {role: future.result() for role, future in made.items()}
+
+
+def _publish(run: ActiveRun, made: dict[str, Any]) -> RunResult:
+    """Tell MLflow and Prefect what came out."""
+    record = run.record.record
+    result = RunResult(run_id=record.run_id, mlflow_run_id=run.tracker.run_id, **made)
+    tracking.log_inputs(run.tracker, record.config, result.data)
+    tracking.log_result(run.tracker, record, result, run.record.folder)
+    report = run.finish_tracking()
+    update = {"mlflow_run_id": report.run_id, "tracking_note": report.sentence()}
+    result = result.model_copy(update=update)
+    _show_in_prefect(result)
+    return result
+
+
+def _show_in_prefect(result: RunResult) -> None:
+    create_markdown_artifact(page(result), key="report", description="What this run made")
+    rows = [
+        {"subject": report.subject, **{n: m.value for n, m in report.metrics.items()}}
+        for report in result.reports()
+    ]
+    create_table_artifact(rows, key="comparison", description="Base, tuned and merged")

@@ -1,0 +1,144 @@
+"""From the first moment of a run to its last: record, tracker, Prefect state, and an orderly end.
+
+A flow is a `with running(config) as run:` around its DAG. Whatever ends the block (success, an
+error, Ctrl-C, SIGTERM from a worker that was told to cancel) the record says how, MLflow's run is
+ended, and no process or thread of the run goes on. Only SIGKILL leaves no word; then the next run
+on the same store finds the record without an owner and writes the word itself.
+
+The state that Prefect shows is Prefect's own business while its engine is in charge. Outside of it
+two corrections are ours: a run whose process is gone is `Crashed`, and one that a person
+interrupted at the keyboard is `Cancelled`, which the engine would call a crash.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import UUID
+
+from prefect import runtime
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError, TerminationSignal
+from prefect.logging import get_run_logger
+from prefect.states import Crashed
+
+from flows import records, tracking
+from flows.records import OpenRecord
+from qlora_core.artifacts import Artifact
+from qlora_core.backends.journal import RunStatus
+from qlora_core.backends.mlflow_tracking import MlflowTracker, TrackingReport
+from qlora_core.config import RunConfig
+from qlora_core.errors import ConfigError
+from tasks import places, wiring
+from tasks.wiring import Workspace
+
+INTERRUPTIONS = (KeyboardInterrupt, TerminationSignal)
+_MLFLOW_STATUS: dict[records.State, RunStatus] = {
+    "completed": "FINISHED",
+    "failed": "FAILED",
+    "cancelled": "KILLED",
+}
+
+
+@dataclass(frozen=True)
+class ActiveRun:
+    """A run in progress."""
+
+    record: OpenRecord
+    tracker: MlflowTracker
+    workspace: Workspace
+
+    def finish_tracking(self) -> TrackingReport:
+        """End the MLflow run as finished and say what it could not be told."""
+        report = self.tracker.close("FINISHED")
+        self._note_mlflow()
+        if note := report.sentence():
+            get_run_logger().warning("%s", note)
+        return report
+
+    def _note_mlflow(self) -> None:
+        if self.tracker.run_id and self.record.record.mlflow_run_id != self.tracker.run_id:
+            self.record.track(self.tracker.run_id)
+
+
+@contextmanager
+def running(config: RunConfig) -> Iterator[ActiveRun]:
+    """Open the run of ``config`` inside a flow, and end it in order however the block ends."""
+    root = places.store_root(config)
+    for flow_run_id in records.bury_interrupted(root):
+        set_state(flow_run_id, Crashed(message="Its process was killed."))
+    record = records.open_record(root, config, str(runtime.flow_run.id))
+    _rename_flow_run(record.record)
+    tracker = tracking.open_tracker(record.record, record.folder, str(runtime.flow_run.ui_url))
+    try:
+        run = _open(config, record, tracker)
+        try:
+            yield run
+        except BaseException:
+            run.workspace.stop()
+            raise
+    except BaseException as error:
+        state: records.State = "cancelled" if isinstance(error, INTERRUPTIONS) else "failed"
+        record.close(state, str(error) or type(error).__name__)
+        tracker.close(_MLFLOW_STATUS[state], timeout_s=5.0)
+        raise
+    record.close("completed")
+
+
+def set_state(flow_run_id: str, state: State[Any]) -> None:
+    """Correct what Prefect says of a flow run of ours that is over; one it does not know is none.
+
+    A run that reached a final state by itself keeps it.
+    """
+    with get_client(sync_client=True) as client:
+        try:
+            known = client.read_flow_run(UUID(flow_run_id)).state
+            if known is None or not known.is_final() or known.is_crashed():
+                client.set_flow_run_state(UUID(flow_run_id), state, force=True)
+        except (ObjectNotFound, PrefectHTTPStatusError) as error:
+            logging.getLogger(__name__).warning(
+                "flow run %s cannot be marked: %s", flow_run_id, error
+            )
+
+
+def refuse_secrets(config: RunConfig) -> None:
+    """Refuse a recipe that holds a password: parameters are stored and shown in clear.
+
+    Raises:
+        ConfigError: An address in it has one.
+    """
+    uri = config.workspace.tracking_uri
+    if uri and urlsplit(uri).password:
+        raise ConfigError(
+            "workspace.tracking_uri holds a password.",
+            why="Recipes are kept in clear by Prefect, MLflow and the run's record.",
+            fix="Take it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.",
+        )
+
+
+def _open(config: RunConfig, record: OpenRecord, tracker: MlflowTracker) -> ActiveRun:
+    provenance = {
+        "run_id": record.record.run_id,
+        "prefect_flow_run_id": record.record.attempts[-1].prefect_flow_run_id,
+        "mlflow_experiment": places.experiment(config),
+        "commit": places.commit() or "unknown",
+    }
+
+    def keep(role: str, artifact: Artifact[Any], cached: bool) -> None:
+        record.add(role, artifact, cached=cached)
+        run._note_mlflow()
+
+    tracking.log_recipe(tracker, config, record.folder)
+    workspace = wiring.open_workspace(config, tracker, provenance, keep)
+    run = ActiveRun(record, tracker, workspace)
+    return run
+
+
+def _rename_flow_run(record: records.RunRecord) -> None:
+    attempt = len(record.attempts)
+    name = record.run_id if attempt == 1 else f"{record.run_id} (attempt {attempt})"
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(UUID(record.attempts[-1].prefect_flow_run_id), name=name)

@@ -1,0 +1,164 @@
+"""One small Prefect task per stage: a name in the UI, retries for what the world broke, no more.
+
+Whether there is anything to do is decided by our own store, so Prefect caches nothing; whether it
+is worth another try is decided by the error itself. Arguments a person wants to see in Prefect's
+graph (the artefacts) are arguments; all others come from the workspace.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+
+from qlora_core.artifacts import (
+    AdapterCheckpoint,
+    Artifact,
+    EvalReport,
+    MergedModel,
+    PreparedDataset,
+    QuantizedBase,
+    RegisteredModel,
+)
+from qlora_core.stages import evaluate, merge, prepare, quantize, register, train
+from tasks.wiring import Workspace, is_transient
+
+R = TypeVar("R")
+
+Data = Artifact[PreparedDataset]
+Base = Artifact[QuantizedBase]
+Adapter = Artifact[AdapterCheckpoint]
+Merged = Artifact[MergedModel]
+Report = Artifact[EvalReport]
+
+
+def stage_task(run: Callable[..., R]) -> Task[..., R]:
+    """Make a task that retries what is transient and caches nothing."""
+    name = run.__name__.replace("_", " ")
+    return task(
+        name=name,
+        task_run_name=f"{name} · {{ws.config.name}}",
+        retries=2,
+        retry_delay_seconds=[2, 15],
+        retry_condition_fn=is_transient,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )(run)
+
+
+@stage_task
+def prepare_dataset(ws: Workspace) -> Data:
+    """Read, split and tokenise the rows."""
+    config, found = ws.config, ws.sources
+    return ws.produce(
+        "data",
+        prepare.prepare_dataset,
+        config.dataset,
+        config.model,
+        found.dataset,
+        found.heldout,
+        found.model,
+        found.template,
+    )
+
+
+@stage_task
+def quantize_base(ws: Workspace) -> Base:
+    """Make the frozen base."""
+    config, found = ws.config, ws.sources
+    return ws.produce(
+        "base",
+        quantize.quantize_base,
+        config.model,
+        ws.quantization,
+        found.model,
+        found.template,
+    )
+
+
+@stage_task
+def train_adapter(ws: Workspace, base: Base, data: Data) -> Adapter:
+    """Train the adapter on the cluster."""
+    config = ws.config
+    return ws.produce(
+        "adapter",
+        train.train_adapter,
+        base,
+        data,
+        config.adapter,
+        config.training,
+        config.seed,
+    )
+
+
+@stage_task
+def evaluate_base(ws: Workspace, base: Base, data: Data) -> Report:
+    """Measure the base model, which the tuned one has to beat."""
+    return _evaluate(ws, "base_report", base, data)
+
+
+@stage_task
+def evaluate_tuned(ws: Workspace, base: Base, data: Data, adapter: Adapter) -> Report:
+    """Measure base plus adapter."""
+    return _evaluate(ws, "tuned_report", base, data, adapter=adapter)
+
+
+@stage_task
+def evaluate_merged(ws: Workspace, base: Base, data: Data, merged: Merged) -> Report:
+    """Measure the merged model."""
+    return _evaluate(ws, "merged_report", base, data, merged=merged)
+
+
+@stage_task
+def merge_adapter(ws: Workspace, base: Base, adapter: Adapter, data: Data) -> Merged:
+    """Fold the adapter into its base and measure what that cost."""
+    config = ws.config
+    return ws.produce(
+        "merged",
+        merge.merge_adapter,
+        config.merge,
+        config.model,
+        base,
+        adapter,
+        data,
+        ws.sources.model,
+    )
+
+
+@stage_task
+def register_model(
+    ws: Workspace,
+    base: Base,
+    adapter: Adapter,
+    merged: Merged | None,
+    base_report: Report,
+    tuned_report: Report,
+    merged_report: Report | None,
+) -> Artifact[RegisteredModel]:
+    """Publish, and promote if the gate passes."""
+    config = ws.config
+    return ws.produce(
+        "registered",
+        register.register_model,
+        config.registry,
+        config.gate,
+        config.registry.name or config.name,
+        base,
+        adapter,
+        merged,
+        base_report,
+        tuned_report,
+        merged_report,
+    )
+
+
+def _evaluate(
+    ws: Workspace,
+    role: str,
+    base: Base,
+    data: Data,
+    adapter: Adapter | None = None,
+    merged: Merged | None = None,
+) -> Report:
+    config, scorers = ws.config.evaluation, ws.sources.scorers
+    return ws.produce(role, evaluate.evaluate_model, config, data, base, adapter, merged, scorers)
