@@ -42,8 +42,8 @@ _ROWS_PER_GROUP = 4096
 class TokenRow(NamedTuple):
     """One tokenised row, both of length L."""
 
-    input_ids: Sequence[int]
-    labels: Sequence[int]
+    input_ids: Sequence[int] | NDArray[np.int32]
+    labels: Sequence[int] | NDArray[np.int32]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,197 @@
+"""From conversations to tokens and labels, many rows at a call.
+
+A rendering is always tokenised whole: pieces tokenised on their own and joined give other tokens
+than the model saw in pretraining. So labels come from character offsets: a token is learned if it
+shares a character with what the assistant says. Chats are tokenised without adding special tokens,
+as the template has written them; plain text gets what the tokenizer adds by itself, and the
+end-of-sequence token.
+Dims: L tokens of a row.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_core.data.chat import ChatRenderer, RenderedChat, Span
+from qlora_core.data.formats import BREAK, Content
+from qlora_core.data.prepared import IGNORED
+from qlora_core.data.special_tokens import SpecialTokens
+from qlora_core.errors import ModelError
+
+Offsets = list[tuple[int, int]]
+
+
+class UnbreakableError(ValueError):
+    """A special token in the text of a row cannot be read as ordinary characters."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """One tokenised row."""
+
+    ids_L: NDArray[np.int32]
+    labels_L: NDArray[np.int32]
+    has_stop: bool
+    """A stop token is among the supervised ones."""
+    num_escaped: int
+    """Special tokens in the row's text that were read as ordinary characters."""
+
+
+class Encoder:
+    """One tokenizer with its chat template.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+        stops: Texts of the tokens at which generation ends; the first is written where a template
+            writes none.
+        escape: Read special tokens in the text of rows as ordinary characters.
+
+    Raises:
+        ModelError: The tokenizer is not a fast one, or there is no stop token.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], *, escape: bool) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelError(
+                f"{type(tokenizer).__name__} does not say which characters a token stands for.",
+                fix="Use a model with a fast tokenizer (one with a tokenizer.json).",
+            )
+        if not stops:
+            raise ModelError(
+                "The tokenizer has no end-of-sequence token, so no answer could ever end.",
+                fix="Use a tokenizer with an eos_token.",
+            )
+        self.specials = SpecialTokens(tokenizer)
+        self._tokenizer, self._stops, self._escape = tokenizer, tuple(stops), escape
+        self._eos_id = int(tokenizer.convert_tokens_to_ids(self._stops[0]))
+        self._renderer: ChatRenderer | None = None
+        self._special_ids = {
+            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        } - {tokenizer.unk_token_id}
+        self.num_double_starts = 0
+        """Rows that began with the beginning-of-sequence token twice; one was kept."""
+
+    @property
+    def renderer(self) -> ChatRenderer:
+        """The chat template, looked for when the first chat comes: plain text needs none."""
+        if self._renderer is None:
+            self._renderer = ChatRenderer(self._tokenizer, self._stops, self.specials)
+        return self._renderer
+
+    def render(self, content: Content) -> RenderedChat:
+        """Return the text to tokenise and what of it is learned: all, for plain text.
+
+        Raises:
+            BadRow: The chat template cannot render it.
+        """
+        if self._escape and self.specials.count_in(content):
+            content = self.specials.broken(content)
+        if isinstance(content, str):
+            return RenderedChat(content, (Span(0, len(content), True),))
+        return self.renderer.render(content)
+
+    def chat_notes(self) -> tuple[str, ...]:
+        """Return what a person should know of the chat template, if one was used."""
+        return self._renderer.notes() if self._renderer else ()
+
+    def encode(self, rows: Sequence[RenderedChat], *, as_chat: bool) -> list[Encoded | None]:
+        """Tokenise rendered rows; None for one whose special tokens cannot be escaped."""
+        encoded = self._tokenize([row.text for row in rows], add_special=not as_chat)
+        return [
+            self._labelled(row, ids, offsets, as_chat)
+            for row, (ids, offsets) in zip(rows, encoded, strict=True)
+        ]
+
+    def encode_prompts(self, rows: Sequence[RenderedChat]) -> list[tuple[int, ...]]:
+        """Tokenise what comes before each row's last answer."""
+        texts = [row.text[: row.spans[-1].start] for row in rows]
+        found = self._tokenize(texts, add_special=False)
+        made = []
+        for text, (ids, offsets) in zip(texts, found, strict=True):
+            kept, _ = self._without_breaks(text, ids, offsets)
+            made.append(tuple(self._one_start(kept)))
+        return made
+
+    def sample(self, row: Encoded) -> str:
+        """Return a row as text, what is learned between ⟦ and ⟧."""
+        is_learned_L = row.labels_L != IGNORED
+        edges = np.flatnonzero(np.diff(is_learned_L)) + 1
+        runs = np.split(np.arange(len(row.ids_L)), edges)
+        texts = [(self._tokenizer.decode(row.ids_L[run]), is_learned_L[run[0]]) for run in runs]
+        return "".join(f"⟦{text}⟧" if is_learned else text for text, is_learned in texts)
+
+    def _tokenize(self, texts: list[str], *, add_special: bool) -> list[tuple[list[int], Offsets]]:
+        if not texts:
+            return []
+        made = self._tokenizer(
+            texts,
+            add_special_tokens=add_special,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            truncation=False,
+            padding=False,
+            verbose=False,
+        )
+        return list(zip(made["input_ids"], made["offset_mapping"], strict=True))
+
+    def _labelled(
+        self, row: RenderedChat, ids: list[int], offsets: Offsets, as_chat: bool
+    ) -> Encoded | None:
+        num_escaped = row.text.count(BREAK)
+        try:
+            ids, offsets = self._without_breaks(row.text, ids, offsets)
+        except UnbreakableError:
+            return None
+        kept = self._one_start(ids)
+        self.num_double_starts += len(kept) < len(ids)
+        offsets = offsets[len(ids) - len(kept) :]
+        if not as_chat:
+            kept = kept if kept and kept[-1] == self._eos_id else [*kept, self._eos_id]
+            ids_L = np.array(kept, np.int32)
+            return Encoded(ids_L, ids_L, True, num_escaped)
+        ids_L = np.array(kept, np.int32)
+        labels_L = np.full(len(kept), IGNORED, np.int32)
+        for span in row.spans:
+            first, past = _tokens_of(span, offsets)
+            labels_L[first:past] = ids_L[first:past]
+        return Encoded(ids_L, labels_L, any(span.has_stop for span in row.spans), num_escaped)
+
+    def _without_breaks(
+        self, text: str, ids: list[int], offsets: Offsets
+    ) -> tuple[list[int], Offsets]:
+        """Take out the tokens of the breaks that keep special tokens apart.
+
+        Raises:
+            UnbreakableError: A token holds a break and more, or a special token survived.
+        """
+        if BREAK not in text:
+            return ids, offsets
+        kept = [
+            (token, place)
+            for token, place in zip(ids, offsets, strict=True)
+            if text[slice(*place)] != BREAK
+        ]
+        is_mixed = any(BREAK in text[slice(*place)] for _, place in kept)
+        # The tokenizer's own additions stand for no characters; the template's do.
+        num_special = sum(token in self._special_ids and end > at for token, (at, end) in kept)
+        if is_mixed or num_special > self.specials.count(text):
+            raise UnbreakableError
+        return [token for token, _ in kept], [place for _, place in kept]
+
+    def _one_start(self, ids: list[int]) -> list[int]:
+        """Keep one beginning-of-sequence token where template and tokenizer wrote two."""
+        start = self._tokenizer.bos_token_id
+        while start is not None and ids[:2] == [start, start]:
+            ids = ids[1:]
+        return ids
+
+
+def _tokens_of(span: Span, offsets: Offsets) -> tuple[int, int]:
+    """Return (first, past) of the tokens that share a character with ``span``; offsets ascend."""
+    first = bisect_right(offsets, span.start, key=lambda place: place[1])
+    past = bisect_left(offsets, span.end, key=lambda place: place[0])
+    return first, max(first, past)

@@ -1,0 +1,189 @@
+"""The way of a row: read, understood, rendered, tokenised, checked.
+
+Rows stream through in batches, since a fast tokenizer is fast on many texts at once and files may
+be larger than memory; what stays is a row's tokens. A row that cannot be used is a problem, and any
+problem ends the stage; a row that had better not be used is dropped and counted.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Literal, NamedTuple
+
+from qlora_core.config import DatasetConfig
+from qlora_core.data.audit import Drops, Reason, shortened
+from qlora_core.data.chat import RenderedChat
+from qlora_core.data.encoding import Encoded, Encoder
+from qlora_core.data.formats import Content, Layout, is_empty
+from qlora_core.data.layouts import choose_layout
+from qlora_core.data.prepared import IGNORED, Prompt
+from qlora_core.data.problems import BadRow, Place, Problems
+from qlora_core.data.reading import Record, read_records
+from qlora_core.data.split import group_of, row_hash
+from qlora_core.errors import DataError
+from qlora_core.sources import Source
+
+Side = Literal["train", "heldout"]
+_BATCH = 512
+
+
+class _Draft(NamedTuple):
+    """A row that was understood and rendered."""
+
+    place: Place
+    content: Content
+    side: Side
+    group: bytes
+    rendered: RenderedChat
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A row that is kept."""
+
+    place: Place
+    side: Side
+    group: bytes
+    """Hash of what it shares with the rows it must stay together with."""
+    rank: bytes
+    """Hash of the row; `dataset.max_rows` keeps the lowest."""
+    tokens: Encoded
+    start: str
+    """The beginning of its text, for people."""
+    prompt: Prompt | None
+    """Of held-out chats only."""
+
+
+class Pipeline:
+    """Prepares the rows of one recipe's files."""
+
+    def __init__(self, config: DatasetConfig, encoder: Encoder, drops: Drops) -> None:
+        self._config, self._encoder, self._drops = config, encoder, drops
+        self._seen: dict[Side, set[bytes]] = {"train": set(), "heldout": set()}
+        self.problems = Problems()
+        self.num_read = 0
+        self.layout: Layout | None = None
+
+    def rows(
+        self, source: Source, side_of: Callable[[bytes], Side | None], on_read: Callable[[], None]
+    ) -> Iterator[Row]:
+        """Yield the rows of ``source`` that are kept, in order.
+
+        Args:
+            source: Where they are read.
+            side_of: Tells the side of the split from a row's group; None leaves the row out, as
+                it is known from the held-out rows.
+            on_read: Called after every batch.
+
+        Raises:
+            DataError: The file cannot be read, or holds no row.
+        """
+        records = read_records(source, self._config.split, self.problems)
+        drafts = self._drafts(self._with_layout(records, source), side_of)
+        while batch := list(islice(drafts, _BATCH)):
+            on_read()
+            if not self.problems.count:  # else only more problems are worth finding
+                yield from self._kept(batch)
+
+    def _with_layout(self, records: Iterator[Record], source: Source) -> Iterator[Record]:
+        first = next(records, None)
+        if first is None:
+            self.problems.raise_if_any()
+            raise DataError(f"{source.uri} holds no rows.", fix="Give a file that holds rows.")
+        self.layout = choose_layout(self._config, list(first.columns), source.uri)
+        return chain([first], records)
+
+    def _drafts(
+        self, records: Iterator[Record], side_of: Callable[[bytes], Side | None]
+    ) -> Iterator[_Draft]:
+        for record in records:
+            self.num_read += 1
+            try:
+                draft = self._draft(record, side_of)
+            except BadRow as problem:
+                self.problems.add(record.place, problem)
+            else:
+                if draft is not None:
+                    yield draft
+
+    def _draft(self, record: Record, side_of: Callable[[bytes], Side | None]) -> _Draft | None:
+        assert self.layout is not None  # noqa: S101  # set by _with_layout, before any record
+        content = self.layout.content(record)
+        group = group_of(content, self._config.heldout.by)
+        side = side_of(group)
+        reason = self._early_objection(content, side)
+        if reason or side is None:
+            self._drop(record.place, reason or "in_heldout", content)
+            return None
+        return _Draft(record.place, content, side, group, self._encoder.render(content))
+
+    def _early_objection(self, content: Content, side: Side | None) -> Reason | None:
+        """Say why a row is left out, where its text alone tells."""
+        if is_empty(content):
+            return "empty"
+        is_strict = self._config.special_tokens_in_text == "drop"
+        if is_strict and self._encoder.specials.count_in(content):
+            return "special_tokens"
+        return None if side else "in_heldout"
+
+    def _drop(self, place: Place, reason: Reason, content: Content) -> None:
+        self._drops.add(place, reason, _text_of(content))
+
+    def _kept(self, batch: list[_Draft]) -> Iterator[Row]:
+        is_chat = not isinstance(batch[0].content, str)
+        tokens = self._encoder.encode([draft.rendered for draft in batch], as_chat=is_chat)
+        pairs = []
+        for draft, encoded in zip(batch, tokens, strict=True):
+            if encoded is None:
+                self._drop(draft.place, "special_tokens", draft.content)
+            elif reason := self._objection(draft.side, encoded):
+                self._drop(draft.place, reason, draft.content)
+            else:
+                pairs.append((draft, encoded))
+        asked = [draft for draft, _ in pairs if is_chat and draft.side == "heldout"]
+        prompt_ids = self._encoder.encode_prompts([draft.rendered for draft in asked])
+        prompts = {
+            draft.place: _prompt(draft.content, ids)
+            for draft, ids in zip(asked, prompt_ids, strict=True)
+        }
+        for draft, encoded in pairs:
+            yield _row(draft, encoded, prompts.get(draft.place))
+
+    def _objection(self, side: Side, tokens: Encoded) -> Reason | None:
+        """Say why a tokenised row is left out, if it is."""
+        if len(tokens.ids_L) > self._config.max_length:
+            return "too_long"
+        if (tokens.labels_L[1:] == IGNORED).all():
+            return "nothing_supervised"
+        digest = hashlib.sha256(tokens.ids_L.tobytes() + tokens.labels_L.tobytes()).digest()
+        if digest in self._seen[side]:
+            return "duplicate"
+        self._seen[side].add(digest)
+        return None
+
+
+def _row(draft: _Draft, tokens: Encoded, prompt: Prompt | None) -> Row:
+    return Row(
+        place=draft.place,
+        side=draft.side,
+        group=draft.group,
+        rank=row_hash(draft.content),
+        tokens=tokens,
+        start=shortened(_text_of(draft.content)),
+        prompt=prompt,
+    )
+
+
+def _prompt(content: Content, ids: tuple[int, ...]) -> Prompt:
+    """Return the prompt of a chat's last answer, with that answer as its reference."""
+    turns = [turn for turn in content if not isinstance(turn, str)]
+    last = max(at for at, turn in enumerate(turns) if turn.role == "assistant")
+    asked = [turn.content for turn in turns[:last] if turn.role == "user"]
+    return Prompt(asked[-1] if asked else "", ids, (turns[last].content,))
+
+
+def _text_of(content: Content) -> str:
+    if isinstance(content, str):
+        return content
+    return " | ".join(f"{turn.role}: {turn.content}" for turn in content)
