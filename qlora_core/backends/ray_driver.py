@@ -1,0 +1,186 @@
+"""The process that talks to Ray: started by `ray_train`, ends with it, answers on a pipe.
+
+It is a process of its own because Ray ends its driver without an exception when the cluster's head
+dies, and takes over signal handling. Resuming is not left to Ray Train: each start has a name of
+its own, and the workers go on from our newest verified snapshot. Ray's own checkpoint register is
+rewritten in place, so a full disk can make it unreadable for good.
+
+    python -m qlora_core.backends.ray_driver SPEC.json PIPE
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import qlora_core
+from qlora_core.backends import process_session
+from qlora_core.backends.ray_worker import RaySpec, train_on_worker
+from qlora_core.config import ClusterConfig
+from qlora_core.errors import LaunchError, QLoraError, ResourceError
+
+OBJECT_STORE_BYTES = 80_000_000
+"""Nothing big goes through Ray's object store; 75 MiB is the least it takes."""
+
+Node = dict[str, float]
+"""The resources of one node by Ray's names: CPU, GPU, ..."""
+
+
+def main() -> None:
+    """Run the job of the spec and write its outcome to the pipe: `{}` or an error's fields."""
+    spec = RaySpec.model_validate_json(Path(sys.argv[1]).read_text("utf-8"))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    outcome: dict[str, str] = {}
+    try:
+        _run(spec)
+    except QLoraError as error:
+        outcome = error.to_json()
+    with os.fdopen(int(sys.argv[2]), "w") as pipe:
+        pipe.write(json.dumps(outcome))
+
+
+def _end_with_parent() -> None:
+    """Wait until the launcher's end of our stdin closes, as it does however the launcher ends."""
+    while os.read(sys.stdin.fileno(), 1024):
+        continue
+    process_session.send(os.getsid(0), signal.SIGKILL)
+
+
+def _run(spec: RaySpec) -> None:
+    import ray
+
+    _connect(spec)
+    try:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cpus, gpus = share_out(spec, nodes)
+        _fit(spec.model_copy(update={"cpus_per_worker": cpus}), gpus)
+    finally:
+        ray.shutdown()
+
+
+def _connect(spec: RaySpec) -> None:
+    import ray
+
+    settings: dict[str, Any] = {"log_to_driver": True, "namespace": "qloraflow"}
+    if spec.cluster.address is None:
+        settings |= {
+            "address": "local",
+            "num_cpus": _local_cpus(spec.cluster),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "_temp_dir": str(spec.temp),
+        }
+    else:
+        package = str(Path(qlora_core.__file__).parent)
+        settings |= {
+            "address": spec.cluster.address,
+            "runtime_env": {"py_modules": [package], "env_vars": worker_environment()},
+        }
+    try:
+        ray.init(**settings)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise LaunchError(
+            f"Ray does not answer at {spec.cluster.address or 'a local address'}: {error}",
+            fix="Check cluster.address and that the cluster runs; leave it out for a Ray of the "
+            f"run's own. The log: {spec.log}",
+        ) from error
+
+
+def _local_cpus(cluster: ClusterConfig) -> int:
+    """Return the CPUs a Ray of our own counts: more workers than cores share them, unless told."""
+    is_told = cluster.cpus_per_worker is not None
+    return own_cores() if is_told else max(own_cores(), cluster.workers)
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the variables every worker needs."""
+    wanted = {name: os.environ[name] for name in ("HF_HUB_OFFLINE",) if name in os.environ}
+    return wanted | {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def own_cores() -> int:
+    """Return the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_out(spec: RaySpec, nodes: list[Node]) -> tuple[int, float]:
+    """Return (cpus, gpus) of each worker.
+
+    Raises:
+        ResourceError: The nodes cannot hold so many workers of that size. Ray would wait for ever.
+    """
+    cluster = spec.cluster
+    has_gpus = any(node.get("GPU", 0) for node in nodes)
+    gpus = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(has_gpus)
+    most = int(max((node.get("CPU", 0) for node in nodes), default=0))
+    wanted = [cluster.cpus_per_worker] if cluster.cpus_per_worker else range(most, 0, -1)
+    for cpus in wanted:
+        if _places(nodes, cpus, gpus) >= cluster.workers:
+            return cpus, gpus
+    cpus = cluster.cpus_per_worker or 1
+    there = ", ".join(f"{n.get('CPU', 0):g} CPU and {n.get('GPU', 0):g} GPU" for n in nodes)
+    raise ResourceError(
+        f"cluster.workers={cluster.workers} with {cpus} CPU and {gpus:g} GPU each do not fit: "
+        f"there is room for {_places(nodes, cpus, gpus)}.",
+        why=f"The nodes have: {there or 'nothing'}.",
+        fix=f"Try cluster.workers={max(1, _places(nodes, cpus, gpus))} or smaller workers.",
+    )
+
+
+def _places(nodes: list[Node], cpus: int, gpus: float) -> int:
+    by_cpu = [int(node.get("CPU", 0) // cpus) for node in nodes]
+    if not gpus:
+        return sum(by_cpu)
+    by_gpu = [int(node.get("GPU", 0) // gpus) for node in nodes]
+    return sum(min(pair) for pair in zip(by_cpu, by_gpu, strict=True))
+
+
+def _fit(spec: RaySpec, gpus: float) -> None:
+    from ray.exceptions import RayError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    trainer = TorchTrainer(
+        train_on_worker,
+        train_loop_config=spec.model_dump(mode="json"),
+        torch_config=TorchConfig(timeout_s=300),
+        scaling_config=ScalingConfig(
+            num_workers=spec.cluster.workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": spec.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
+        ),
+        run_config=RunConfig(
+            name=f"{spec.launch}-{uuid4().hex[:8]}",
+            storage_path=str(spec.job.scratch / "ray"),
+            failure_config=FailureConfig(
+                max_failures=spec.cluster.max_failures, controller_failure_limit=6
+            ),
+        ),
+    )
+    try:
+        trainer.fit()
+    except (TrainingFailedError, RayError) as error:
+        raise _outcome(error, spec) from error
+
+
+def _outcome(error: Exception, spec: RaySpec) -> QLoraError:
+    """Return what a worker raised, if it is final; otherwise that workers were lost too often."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "_base_exc", failure)  # Ray wraps it with its traceback
+        if isinstance(cause, QLoraError) and not cause.is_transient:
+            return cause
+    first_line = str(error).strip().partition("\n")[0]
+    return LaunchError(
+        f"Training was interrupted more than cluster.max_failures={spec.cluster.max_failures} "
+        f"times: {type(error).__name__}: {first_line}",
+        why="Workers were lost, or could not be started.",
+        fix=f"Run again to go on from the last snapshot. The log: {spec.log}",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What Ray runs on each worker: set the threads, open the line to the others, train.
+
+Errors are sorted here. What trying again cannot mend (a loss that is not finite, a full disk, a
+bug) is written down for the launcher, which ends the run at once; Ray would start the workers
+again. A lost peer is left to Ray.
+"""
+
+import os
+import traceback
+from pathlib import Path
+from typing import Any
+
+from qlora_core.artifacts import Frozen
+from qlora_core.config import ClusterConfig, SnapshotConfig
+from qlora_core.errors import QLoraError, StoreError, TrainingError
+from qlora_core.ports import TrainJob
+
+
+class RaySpec(Frozen):
+    """What the launcher tells the driver, and the driver its workers."""
+
+    job: TrainJob
+    cluster: ClusterConfig
+    snapshots: SnapshotConfig
+    launch: str
+    temp: Path
+    """Where a Ray started by the driver keeps its sockets and logs; its path is short."""
+    log: Path
+    """Where driver and workers write what they say."""
+    cpus_per_worker: int = 1
+
+    @property
+    def error_file(self) -> Path:
+        """Where a worker leaves an error that is final."""
+        return self.job.scratch / f"error-{self.launch}.json"
+
+
+def train_on_worker(plain: dict[str, Any]) -> None:
+    """Run one worker of a Ray Train group."""
+    spec = RaySpec.model_validate(plain)
+    if spec.error_file.exists():  # the launcher is about to end this run
+        raise TrainingError(f"This run has failed already; see {spec.error_file}.")
+    try:
+        _train(spec)
+    except QLoraError as error:
+        if not error.is_transient:
+            _leave(spec, error)
+        raise
+    except Exception as error:
+        unknown = _unforeseen(error, spec)
+        _leave(spec, unknown)
+        raise unknown from error
+
+
+def _train(spec: RaySpec) -> None:
+    import torch
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    from qlora_core.training.comm import Alone, Comm, TorchComm
+    from qlora_core.training.worker import run_worker
+
+    torch.set_num_threads(spec.cpus_per_worker)
+    device = get_device()
+    comm: Comm = TorchComm(device) if get_context().get_world_size() > 1 else Alone()
+    run_worker(spec.job, comm, spec.snapshots, spec.launch, device)
+
+
+def _leave(spec: RaySpec, error: QLoraError) -> None:
+    from qlora_core.fingerprint import canonical_json
+    from qlora_core.training.durable import replace_durably
+
+    try:
+        replace_durably(spec.error_file, canonical_json(error.to_json()).encode())
+    except StoreError:
+        return  # no room for it; Ray brings the error to the driver, only later
+
+
+def _unforeseen(error: Exception, spec: RaySpec) -> TrainingError:
+    last_lines = "".join(traceback.format_exception(error)).strip().splitlines()[-8:]
+    return TrainingError(
+        f"Worker {os.environ.get('RANK', '0')} failed: {type(error).__name__}: {error}",
+        why="\n".join(last_lines),
+        fix=f"The whole log: {spec.log}",
+    )

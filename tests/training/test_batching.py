@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_core.training.batching import deal, heldout_rows, make_plan, padded_tokens
+
+sizes = st.integers(1, 40)
+
+PINNED_EPOCHS = [[0, 8, 9, 3, 7, 5, 1, 2, 6, 4], [3, 7, 4, 2, 9, 8, 1, 6, 5, 0]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(num_rows=sizes, global_batch=sizes, epochs=st.integers(1, 4), seed=st.integers(0, 9))
+def test_every_row_is_trained_on_once_per_epoch(num_rows, global_batch, epochs, seed):
+    plan = make_plan(seed=seed, num_rows=num_rows, global_batch=global_batch, epochs=epochs)
+
+    steps = [plan.rows(step) for step in range(1, plan.num_steps + 1)]
+
+    stream = np.concatenate(steps)
+    assert len(stream) == epochs * num_rows
+    for epoch in stream.reshape(epochs, num_rows):
+        assert sorted(epoch) == list(range(num_rows))
+    assert all(len(rows) == global_batch for rows in steps[:-1])
+
+
+def test_the_plan_is_a_function_of_its_inputs_alone():
+    first = make_plan(seed=5, num_rows=50, global_batch=7, epochs=2)
+    again = make_plan(seed=5, num_rows=50, global_batch=7, epochs=2)
+    other_seed = make_plan(seed=6, num_rows=50, global_batch=7, epochs=2)
+
+    assert np.array_equal(first.rows(9), again.rows(9))
+    assert not np.array_equal(first.rows(9), other_seed.rows(9))
+
+
+def test_the_order_is_the_same_in_every_release():
+    plan = make_plan(seed=0, num_rows=10, global_batch=10, epochs=2)
+
+    assert plan.rows(1).tolist() == PINNED_EPOCHS[0]
+    assert plan.rows(2).tolist() == PINNED_EPOCHS[1]
+
+
+def test_fractional_epochs_and_max_steps_cut_the_stream():
+    half = make_plan(seed=0, num_rows=100, global_batch=8, epochs=0.5)
+    capped = make_plan(seed=0, num_rows=100, global_batch=8, epochs=3, max_steps=4)
+
+    assert (half.num_steps, len(half.rows(7)), half.epoch(7)) == (7, 2, 0.5)
+    assert (capped.num_steps, capped.epoch(4)) == (4, 0.32)
+
+
+def test_a_step_beyond_the_plan_is_refused():
+    plan = make_plan(seed=0, num_rows=10, global_batch=5, epochs=1)
+
+    with pytest.raises(IndexError, match="step 3 of 2"):
+        plan.rows(3)
+
+
+def test_no_rows_make_no_plan():
+    with pytest.raises(ValueError, match="no training rows"):
+        make_plan(seed=0, num_rows=0, global_batch=5, epochs=1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=50),
+    world_size=st.integers(1, 9),
+    micro_batch=st.integers(1, 9),
+)
+def test_dealing_gives_every_row_to_one_worker_in_small_enough_chunks(
+    lengths, world_size, micro_batch
+):
+    rows = np.arange(len(lengths))
+
+    shares = deal(rows, np.array(lengths), world_size=world_size, micro_batch=micro_batch)
+
+    assert len(shares) == world_size
+    chunks = [chunk for share in shares for chunk in share]
+    assert sorted(np.concatenate(chunks)) == list(rows)
+    assert all(1 <= len(chunk) <= micro_batch for chunk in chunks)
+    counts = [len(share) for share in shares]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_a_step_is_never_slower_than_rows_dealt_out_one_by_one():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = random.integers(10, 400, 64)
+        shares = deal(np.arange(64), lengths, world_size=4, micro_batch=4)
+
+        slowest = max(sum(padded_tokens(chunk, lengths) for chunk in share) for share in shares)
+
+        longest_first = np.sort(lengths)[::-1]
+        one_by_one = sum(4 * longest_first[start] for start in range(0, 64, 16))
+        assert slowest <= one_by_one
+
+
+def test_rows_of_like_length_share_a_chunk_so_little_is_padded():
+    lengths = np.array([100, 10, 100, 10, 100, 10, 100, 10])
+
+    shares = deal(np.arange(8), lengths, world_size=1, micro_batch=4)
+
+    assert sum(padded_tokens(chunk, lengths) for chunk in shares[0]) == lengths.sum()
+
+
+def test_workers_beyond_the_rows_get_nothing():
+    shares = deal(np.array([4, 2]), np.array([5, 5, 5, 5, 5]), world_size=5, micro_batch=4)
+
+    assert sorted(len(share) for share in shares) == [0, 0, 0, 1, 1]
+
+
+def test_heldout_rows_are_a_fixed_sample():
+    assert len(heldout_rows(1000, 50)) == 50
+    assert heldout_rows(3, 50).tolist() == [0, 1, 2]
+    assert np.array_equal(heldout_rows(1000, 50), heldout_rows(1000, 50))
