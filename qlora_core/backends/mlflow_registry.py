@@ -7,8 +7,9 @@ here: the files themselves become the artefacts of a LoggedModel, and
 
 Under `<name>` are the adapters (model type `peft-lora`), under `<name>-merged` the merged models
 (`merged`); the tag `qlora.adapter_version` on a merged version says whose it is, and aliases move
-together. Base, metrics and dataset are tags, so `champion` reads them without a download. A version
-carries a digest of its files and base: publishing the same again finds it.
+together (an adapter that was never merged leaves those of `<name>-merged` where they are). Base,
+metrics and dataset are tags, so `champion` reads them without a download. A version carries a
+digest of its files and base: publishing the same again finds it.
 
 With local files nothing is copied: the artefacts are hard links to the store's sealed files. MLflow
 on a database looks `models:/<id>` up at the *global* tracking address, so there the files' address

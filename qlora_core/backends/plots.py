@@ -78,6 +78,9 @@ def plot_lengths(
         ``path``.
     """
     figure, axes = _new_figure(title)
+    axes.set(xlabel="length of a row [tokens]", ylabel="rows")
+    if not histogram:
+        return _save(figure, path)
     uppers, counts = _columns(histogram)
     first_width = uppers[1] - uppers[0] if len(uppers) > 1 else max(1.0, uppers[0])
     lowers = np.concatenate([[max(0.0, uppers[0] - first_width)], uppers[:-1]])
@@ -85,7 +88,6 @@ def plot_lengths(
     if max_length is not None and max_length <= 1.5 * uppers[-1]:
         axes.axvline(max_length, color=_HELDOUT, linestyle="--", label=f"max_length {max_length}")
         axes.legend(frameon=False)
-    axes.set(xlabel="length of a row [tokens]", ylabel="rows")
     return _save(figure, path)
 
 
