@@ -1,0 +1,56 @@
+"""Keep a 4-bit model's weights dequantised while it only answers.
+
+A 4-bit layer dequantises its weight in every forward pass. That is lost in the noise when a pass
+holds hundreds of tokens, but a decoding step holds one token per row and would spend most of its
+time there. For the length of a `with` block the weights are dequantised once, as far as a budget
+of bytes reaches; the products see the same numbers, so the answers are the same bit for bit.
+Dims: O out features, I in features, B batch, T positions.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor, nn
+
+BUDGET_BYTES = 2_000_000_000
+
+
+@contextmanager
+def dense_weights(model: nn.Module, budget_bytes: int = BUDGET_BYTES) -> Iterator[int]:
+    """Give 4-bit layers of ``model`` dequantised weights inside the block; yield how many.
+
+    Layers are taken in order until the budget is used up; the others go on as before.
+    """
+    replaced: list[Linear4bit] = []
+    try:
+        for layer in (m for m in model.modules() if isinstance(m, Linear4bit)):
+            size_bytes = layer.weight.quant_state.shape.numel() * _dtype(layer).itemsize
+            if size_bytes > budget_bytes:
+                break
+            layer.forward = _dense_forward(layer)
+            replaced.append(layer)
+            budget_bytes -= size_bytes
+        yield len(replaced)
+    finally:
+        for layer in replaced:
+            del layer.forward  # the instance's, which hid the class's
+
+
+def _dtype(layer: Linear4bit) -> torch.dtype:
+    dtype: torch.dtype = layer.compute_dtype or layer.weight.quant_state.dtype
+    return dtype
+
+
+def _dense_forward(layer: Linear4bit) -> Callable[[Tensor], Tensor]:
+    dtype = _dtype(layer)
+    weight_OI = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+    bias_O = None if layer.bias is None else layer.bias.to(dtype)
+
+    def forward(x_BTI: Tensor) -> Tensor:
+        return F.linear(x_BTI.to(dtype), weight_OI, bias_O).to(x_BTI.dtype)
+
+    return forward

@@ -1,0 +1,151 @@
+"""How likely a model finds the held-out answers: nats per row, at supervised tokens only.
+
+The head is the widest layer of all: a row of 400 tokens makes 400 x 49 152 logits, most of them for
+the prompt, which nobody asks about. So a hook in front of the head lets only the supervised
+positions through. What a model does to its logits afterwards (scaling, soft caps) happens as
+always, which slicing hidden states by hand would miss.
+
+Rows of similar length share a batch, padded on the right. Sums are kept by row, so that errors can
+be estimated by row; the numbers do not depend on the batch size beyond float32 rounding.
+Dims: B rows of a batch, T positions, S supervised positions of the batch, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qlora_core.data.prepared import IGNORED, Rows
+from qlora_core.errors import ModelError
+from qlora_core.evaluation.records import LossRow
+
+_MAX_LOGITS = 64_000_000
+"""Logits of one batch: 256 MB in float32, and as much again in the loss."""
+
+
+def measure_likelihood(
+    model: PreTrainedModel,
+    rows: Rows,
+    indices: Sequence[int],
+    batch_size: int,
+    on_done: Callable[[int], None] = lambda _: None,
+) -> tuple[LossRow, ...]:
+    """Return the negative log-likelihood of each row's supervised tokens, in order of ``indices``.
+
+    Args:
+        model: A causal LM in eval mode.
+        rows: Held-out rows.
+        indices: Which of them; those without a predicted token are left out of the result.
+        batch_size: Most rows of one forward pass.
+        on_done: Told how many rows are done, after each batch.
+
+    Raises:
+        ModelError: The model answers with numbers that are not finite.
+    """
+    found: dict[int, float] = {}
+    for batch in _batches(rows, indices, batch_size, model.config.get_text_config().vocab_size):
+        for row, nats in zip(batch, _row_nats(model, rows, batch), strict=True):
+            found[row] = _finite(row, nats)
+        on_done(len(found))
+    units = _units(rows)
+    return tuple(
+        LossRow(row, units[row], round(found[row], 6), int(rows.num_supervised[row]))
+        for row in indices
+        if row in found
+    )
+
+
+@torch.inference_mode()
+def logits_at(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, at_BT: Tensor) -> Tensor:
+    """Return the (S, V) logits at the positions where ``at_BT`` is true, row by row.
+
+    Args:
+        model: A causal LM.
+        ids_BT: Tokens, padded on the right.
+        mask_BT: 1 for a token, 0 for padding.
+        at_BT: Which positions are wanted; at least one position of the batch must not be.
+    """
+    with _head_only_at(model.get_output_embeddings(), at_BT):
+        logits: Tensor = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+    if logits.shape[:2] == ids_BT.shape:  # this model's head is not called as a module
+        return logits[at_BT]
+    return logits[0]
+
+
+@contextmanager
+def _head_only_at(head: nn.Module | None, at_BT: Tensor) -> Iterator[None]:
+    if head is None:
+        yield
+        return
+
+    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden_BTH, *others = inputs
+        return (hidden_BTH[at_BT].unsqueeze(0), *others)
+
+    hook = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _batches(
+    rows: Rows, indices: Sequence[int], batch_size: int, vocabulary: int
+) -> Iterator[list[int]]:
+    """Yield row numbers of similar length, longest first, so that too little memory shows early."""
+    batch: list[int] = []
+    num_logits = 0
+    scored = [row for row in indices if rows.num_supervised[row] > 0]
+    for row in sorted(scored, key=lambda row: (-rows.lengths[row], row)):
+        more = int(rows.num_supervised[row]) * vocabulary
+        if batch and (len(batch) == batch_size or num_logits + more > _MAX_LOGITS):
+            yield batch
+            batch, num_logits = [], 0
+        batch.append(row)
+        num_logits += more
+    if batch:
+        yield batch
+
+
+def _row_nats(model: PreTrainedModel, rows: Rows, batch: Sequence[int]) -> list[float]:
+    shape = len(batch), int(rows.lengths[list(batch)].max())
+    ids_BT, labels_BT = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
+    mask_BT = np.zeros(shape, np.int64)
+    for b, row in enumerate(batch):
+        length = int(rows.lengths[row])
+        ids_BT[b, :length], mask_BT[b, :length] = rows.input_ids(row), 1
+        labels_BT[b, : length - 1] = rows.labels(row)[1:]  # what position t predicts
+    ids, mask, labels = (torch.from_numpy(x).to(model.device) for x in (ids_BT, mask_BT, labels_BT))
+    at_BT = labels != IGNORED
+    logits_SV = logits_at(model, ids, mask, at_BT)
+    nats_S = F.cross_entropy(logits_SV.float(), labels[at_BT], reduction="none").double()
+    row_S = at_BT.nonzero()[:, 0]
+    sums_B = torch.zeros(len(batch), dtype=torch.float64, device=nats_S.device)
+    return sums_B.index_add_(0, row_S, nats_S).tolist()
+
+
+def _finite(row: int, nats: float) -> float:
+    if math.isfinite(nats):
+        return nats
+    raise ModelError(
+        f"The model's loss on held-out row {row} is {nats}.",
+        why="Some weight or activation is not finite; answers of this model mean nothing.",
+        fix="Lower training.learning_rate; on a GPU set quantization.compute_dtype=bfloat16.",
+    )
+
+
+def _units(rows: Rows) -> list[int]:
+    """Return for each row the first row with the same prompt; text without a prompt is its own."""
+    first: dict[bytes, int] = {}
+    units = []
+    for row in range(len(rows)):
+        supervised = np.flatnonzero(rows.labels(row)[1:] != IGNORED)
+        start = int(supervised[0]) + 1 if supervised.size else 0
+        prompt = rows.input_ids(row)[:start].tobytes()
+        units.append(first.setdefault(prompt, row) if start > 1 else row)
+    return units
