@@ -228,29 +228,34 @@ def sync(store: Annotated[Path | None, typer.Option(help="Folder of the store.")
 
 def main() -> None:
     """Run the command line, and turn errors into a text and an exit code."""
-    from qlora_core.errors import QLoraError
-
     try:
         app(standalone_mode=True)
-    except QLoraError as error:
-        _tell(error.what, error.why, error.fix)
-        _debug()
-        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         err.print("stopped; the same command goes on from here")
         sys.exit(130)
-    except Exception as error:  # whatever it is, a person gets a sentence and a file to send
-        _debug()
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="qlora-error-", suffix=".txt", delete=False
-        ) as file:
-            traceback.print_exc(file=file)
-        _tell(
-            f"{type(error).__name__}: {error}",
-            "This was not foreseen: it is an error of qloraflow.",
-            f"The details are in {file.name}; the same command with --debug shows them.",
-        )
-        sys.exit(1)
+    except Exception as error:  # whatever it is, a person gets a sentence, not a traceback
+        if os.environ.get("QLORAFLOW_DEBUG"):
+            err.print_exception()
+        sys.exit(_explain(error))
+
+
+def _explain(error: Exception) -> int:
+    """Say what went wrong and what to do; return the exit code."""
+    from qlora_core.errors import QLoraError
+
+    if isinstance(error, QLoraError):
+        _tell(error.what, error.why, error.fix)
+        return error.exit_code
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="qlora-error-", suffix=".txt", delete=False
+    ) as file:
+        traceback.print_exception(error, file=file)
+    _tell(
+        f"{type(error).__name__}: {error}",
+        "This was not foreseen: it is an error of qloraflow.",
+        f"The details are in {file.name}; the same command with --debug shows them.",
+    )
+    return 1
 
 
 def _load(recipe: Path, overrides: list[str] | None) -> "RunConfig":
@@ -282,11 +287,6 @@ def _tell(what: str, why: str, fix: str) -> None:
     for part in (why, fix):
         if part:
             err.print(f"  {escape(part)}", highlight=False, soft_wrap=True)
-
-
-def _debug() -> None:
-    if os.environ.get("QLORAFLOW_DEBUG"):
-        err.print_exception()
 
 
 if __name__ == "__main__":
