@@ -5,7 +5,6 @@ compares runs by is therefore logged here, from the artefacts; a tracker counts 
 same step once, so saying it twice does no harm.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,11 +12,12 @@ import yaml
 
 from flows.records import RunRecord
 from flows.result import RunResult, page
-from qlora_core.artifacts import AdapterCheckpoint, Artifact, Metric, PreparedDataset
+from qlora_core.artifacts import Artifact, Metric, PreparedDataset
 from qlora_core.backends.mlflow_tracking import MlflowTracker, flatten
 from qlora_core.config import RunConfig
-from qlora_core.ports import StepMetrics, Tracker
-from qlora_core.stages.train import tracked_metrics
+from qlora_core.ports import Tracker
+from qlora_core.stages.train import tracked_point
+from qlora_core.training.journal import CurvePoint, read_curve
 from tasks import places
 
 
@@ -56,20 +56,14 @@ def log_inputs(tracker: Tracker, config: RunConfig, data: Artifact[PreparedDatas
 def log_result(tracker: Tracker, record: RunRecord, result: RunResult, folder: Path) -> None:
     """Log what came out: numbers, curves, pictures, the page, the names of the artefacts."""
     tracker.log_metrics(dict(_final_metrics(result)))
-    curve = read_curve(result.adapter)
+    curve = read_curve(result.adapter.path)
     for step in curve:
-        tracker.log_metrics(tracked_metrics(step), step.step)
+        tracker.log_metrics(tracked_point(step), step.step)
     tracker.set_tags({f"key.{role}": ref.key for role, ref in record.artifacts.items()})
     (folder / "report.md").write_text(page(result), "utf-8")
     tracker.log_file(folder / "report.md")
     for picture in _draw(result, curve, folder / "plots"):
         tracker.log_file(picture, "plots")
-
-
-def read_curve(adapter: Artifact[AdapterCheckpoint]) -> list[StepMetrics]:
-    """Return what each optimizer step did."""
-    lines = (adapter.path / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [StepMetrics.model_validate(json.loads(line)) for line in lines]
 
 
 def _final_metrics(result: RunResult) -> Iterator[tuple[str, float]]:
@@ -84,7 +78,7 @@ def _final_metrics(result: RunResult) -> Iterator[tuple[str, float]]:
     yield "base/bits_per_parameter", result.base.facts.bits_per_parameter
 
 
-def _draw(result: RunResult, curve: list[StepMetrics], folder: Path) -> Iterator[Path]:
+def _draw(result: RunResult, curve: list[CurvePoint], folder: Path) -> Iterator[Path]:
     from qlora_core.backends import plots  # matplotlib takes a while to import
 
     folder.mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ from qlora_core.artifacts import AdapterCheckpoint, Artifact, PreparedDataset, Q
 from qlora_core.config import AdapterConfig, TrainingConfig
 from qlora_core.ports import Context, StepMetrics, TrainJob, stage
 from qlora_core.training.desk import SUMMARY_FILE
+from qlora_core.training.journal import CurvePoint
 
 
 @stage(
@@ -55,15 +56,21 @@ def _listener(ctx: Context) -> Callable[[StepMetrics], None]:
 
 def tracked_metrics(metrics: StepMetrics) -> dict[str, float]:
     """Return a step's numbers under the names that trackers know them by."""
-    tracked = {
-        "train/loss": metrics.loss,
-        "train/learning_rate": metrics.learning_rate,
-        "train/grad_norm": metrics.grad_norm,
+    return tracked_point(metrics) | {
         "train/tokens_per_s": metrics.tokens_per_s,
         "train/supervised_tokens_per_s": metrics.supervised_tokens_per_s,
         "train/memory_bytes": float(metrics.memory_bytes),
-        "train/epoch": metrics.epoch,
     }
-    if metrics.heldout_loss is not None:
-        tracked["heldout/loss"] = metrics.heldout_loss
+
+
+def tracked_point(point: StepMetrics | CurvePoint) -> dict[str, float]:
+    """Return the part of `tracked_metrics` that is sealed with the adapter, to be told again."""
+    tracked = {
+        "train/loss": point.loss,
+        "train/learning_rate": point.learning_rate,
+        "train/grad_norm": point.grad_norm,
+        "train/epoch": point.epoch,
+    }
+    if point.heldout_loss is not None:
+        tracked["heldout/loss"] = point.heldout_loss
     return tracked
