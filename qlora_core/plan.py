@@ -1,0 +1,271 @@
+"""What a recipe will do, before it does it: stages, steps, tokens, memory, and whether it fits.
+
+All pure: what the store has, the model's shape, the prepared dataset's facts and the device are
+given, so a plan for an 80 GB GPU can be made on a laptop. Numbers that only a prepared dataset
+knows are estimated until there is one, and marked so.
+
+The key of a stage holds the digests of what it reads. So until the stage before has run, nobody
+can tell whether the store has its result: such a stage is `unknown`, not `to run`.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+from qlora_core.artifacts import Frozen, PreparedDataset
+from qlora_core.config import RunConfig
+from qlora_core.modeling.memory import (
+    MemoryEstimate,
+    Shape,
+    Workload,
+    estimate_full,
+    estimate_lora,
+    estimate_qlora,
+)
+from qlora_core.training.batching import make_plan
+
+Role = Literal[
+    "data",
+    "base",
+    "base_report",
+    "adapter",
+    "tuned_report",
+    "merged",
+    "merged_report",
+    "registered",
+]
+State = Literal["cached", "to run", "unknown"]
+
+BYTES_PER_TOKEN = 4.0
+"""Of English text in a vocabulary of 30 to 130 thousand words; other languages need fewer."""
+_USABLE = 0.9  # of a device: the rest goes to the runtime and to fragmentation
+
+_STAGES: dict[Role, tuple[str, tuple[Role, ...]]] = {
+    "data": ("prepare dataset", ()),
+    "base": ("quantize base", ()),
+    "base_report": ("evaluate base", ("data", "base")),
+    "adapter": ("train adapter", ("data", "base")),
+    "tuned_report": ("evaluate tuned", ("data", "base", "adapter")),
+    "merged": ("merge adapter", ("data", "base", "adapter")),
+    "merged_report": ("evaluate merged", ("data", "base", "merged")),
+    "registered": ("register model", ("base_report", "tuned_report", "merged_report")),
+}
+
+
+class PlannedStage(Frozen):
+    """One stage of the run."""
+
+    role: Role
+    title: str
+    state: State
+    why: str = ""
+    """For `unknown`: which stages have to run first."""
+
+
+class RawSize(Frozen):
+    """What can be told of a dataset's file without understanding it."""
+
+    num_bytes: int
+    num_lines: int
+
+
+class TrainingSize(Frozen):
+    """How much training there is."""
+
+    num_rows: int
+    num_steps: int
+    num_tokens: int
+    """Non-padding tokens over the whole training."""
+    longest_row: int
+    """Tokens; what memory has to be enough for."""
+    supervised_share: float
+    """Of the tokens."""
+    is_exact: bool
+    """Counted in the prepared dataset; otherwise estimated from the file."""
+
+
+class Device(Frozen):
+    """One accelerator, or the memory of a machine without one."""
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    memory_bytes: int
+    compute_dtype: Literal["float32", "bfloat16", "float16"]
+
+
+class Plan(Frozen):
+    """What a recipe will do."""
+
+    name: str
+    stages: tuple[PlannedStage, ...]
+    training: TrainingSize | None
+    """None where nothing is known of the rows, as for a hub dataset before its first run."""
+    shape: Shape
+    device: Device
+    workers_on_device: int
+    """Workers that share the device's memory: all of a CPU's, one of a GPU's."""
+    workload: Workload
+    memory: tuple[MemoryEstimate, ...]
+    """Of one worker: the recipe's own, then 16-bit LoRA, then full fine-tuning."""
+    notes: tuple[str, ...] = ()
+
+    def fits(self, estimate: MemoryEstimate) -> bool:
+        """Say whether the device has room for this, a tenth left for the runtime."""
+        return estimate.total * self.workers_on_device <= _USABLE * self.device.memory_bytes
+
+    def rows(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Return (component, bytes in each column of `memory`), the total last."""
+        columns = [dict(estimate.components()) for estimate in self.memory]
+        rows = [(name, tuple(column[name] for column in columns)) for name in columns[0]]
+        return (*rows, ("total", tuple(estimate.total for estimate in self.memory)))
+
+
+def plan_run(
+    config: RunConfig,
+    *,
+    shape: Shape,
+    device: Device,
+    is_cached: Callable[[Role], bool | None],
+    prepared: PreparedDataset | None = None,
+    raw: RawSize | None = None,
+) -> Plan:
+    """Say what a recipe will do.
+
+    Args:
+        config: The recipe.
+        shape: Of its model (see `modeling.memory.shape_of`).
+        device: What one worker trains on.
+        is_cached: Says of each stage whether the store has its result; None where its key cannot
+            be known yet.
+        prepared: Facts of the prepared dataset, if the store has it.
+        raw: Size of the dataset's file, if it is one.
+    """
+    training = training_size(config, prepared, raw)
+    workload = _workload(config, training, device, shape)
+    notes = _notes(config, training, workload)
+    return Plan(
+        name=config.name,
+        stages=plan_stages(config, is_cached),
+        training=training,
+        shape=shape,
+        device=device,
+        workers_on_device=config.cluster.workers if device.kind == "cpu" else 1,
+        workload=workload,
+        memory=_estimates(config, shape, workload),
+        notes=notes,
+    )
+
+
+def plan_stages(
+    config: RunConfig, is_cached: Callable[[Role], bool | None]
+) -> tuple[PlannedStage, ...]:
+    """Return the stages of this recipe in the order of the flow, each with its state."""
+    planned: dict[Role, PlannedStage] = {}
+    for role, (title, inputs) in _STAGES.items():
+        if not _is_wanted(role, config):
+            continue
+        waiting = [planned[i] for i in inputs if i in planned and planned[i].state != "cached"]
+        cached = None if waiting else is_cached(role)
+        why = f"known once {', '.join(stage.title for stage in waiting)} has run" if waiting else ""
+        planned[role] = PlannedStage(role=role, title=title, state=_state(cached), why=why)
+    return tuple(planned.values())
+
+
+def training_size(
+    config: RunConfig, prepared: PreparedDataset | None, raw: RawSize | None
+) -> TrainingSize | None:
+    """Return rows, steps and tokens: counted if the dataset is prepared, else estimated."""
+    if prepared is not None:
+        train = prepared.train
+        supervised = train.num_supervised_tokens / max(1, train.num_tokens)
+        longest = train.length_quantiles.get("max", config.dataset.max_length)
+        return _sized(config, train.num_rows, train.num_tokens, longest, supervised, exact=True)
+    if raw is None or raw.num_lines < 1:
+        return None
+    share = 1.0 if config.dataset.heldout.source else 1.0 - config.dataset.heldout.fraction
+    num_rows = max(1, round(share * raw.num_lines))
+    num_rows = min(num_rows, config.dataset.max_rows or num_rows)
+    num_tokens = round(raw.num_bytes / BYTES_PER_TOKEN * num_rows / raw.num_lines)
+    return _sized(config, num_rows, num_tokens, config.dataset.max_length, 1.0, exact=False)
+
+
+def _sized(
+    config: RunConfig,
+    num_rows: int,
+    num_tokens: int,
+    longest: int,
+    supervised: float,
+    *,
+    exact: bool,
+) -> TrainingSize | None:
+    if num_rows < 1:
+        return None
+    steps = make_plan(
+        seed=config.seed,
+        num_rows=num_rows,
+        global_batch=config.training.global_batch,
+        epochs=config.training.epochs,
+        max_steps=config.training.max_steps,
+    )
+    passes = steps.num_stream_rows / num_rows
+    return TrainingSize(
+        num_rows=num_rows,
+        num_steps=steps.num_steps,
+        num_tokens=round(num_tokens * passes),
+        longest_row=longest,
+        supervised_share=supervised,
+        is_exact=exact and passes.is_integer(),  # a part of an epoch may hold longer rows
+    )
+
+
+def _is_wanted(role: Role, config: RunConfig) -> bool:
+    if role in ("merged", "merged_report"):
+        return config.merge.enabled
+    return config.registry.enabled if role == "registered" else True
+
+
+def _state(cached: bool | None) -> State:
+    if cached is None:
+        return "unknown"
+    return "cached" if cached else "to run"
+
+
+def _workload(
+    config: RunConfig, training: TrainingSize | None, device: Device, shape: Shape
+) -> Workload:
+    """Return the largest micro-batch: all its rows as long as the longest."""
+    longest = training.longest_row if training else config.dataset.max_length
+    share = training.supervised_share if training else 1.0
+    num_tokens = config.training.micro_batch * longest
+    wanted = config.training.checkpointing
+    plain = Workload(
+        num_tokens=num_tokens,
+        num_supervised=max(1, round(share * num_tokens)),
+        checkpointing=wanted == "on",
+        compute_dtype=device.compute_dtype,
+    )
+    if wanted != "auto" or device.kind == "cpu":
+        return plain
+    total = _estimates(config, shape, plain)[0].total
+    return plain.model_copy(update={"checkpointing": total > _USABLE * device.memory_bytes})
+
+
+def _estimates(config: RunConfig, shape: Shape, workload: Workload) -> tuple[MemoryEstimate, ...]:
+    return (
+        estimate_qlora(shape, config.quantization, config.adapter, config.training, workload),
+        estimate_lora(shape, config.adapter, config.training, workload),
+        estimate_full(shape, workload),
+    )
+
+
+def _notes(config: RunConfig, training: TrainingSize | None, workload: Workload) -> tuple[str, ...]:
+    notes = ["Activations and logits are approximate; all other memory is exact."]
+    if training is None:
+        notes.append("Nothing is known of the rows yet, so steps and tokens are left open.")
+    elif not training.is_exact:
+        notes.append(
+            f"Tokens are estimated ({BYTES_PER_TOKEN:g} bytes each where the dataset is not "
+            "prepared, whole-epoch means where a part of an epoch is trained)."
+        )
+    if config.training.checkpointing == "auto" and workload.checkpointing:
+        notes.append("Activations are recomputed in the backward pass, or they would not fit.")
+    return tuple(notes)

@@ -1,0 +1,300 @@
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+)
+
+from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
+from qlora_core.errors import ConfigError
+from qlora_core.modeling.lora import attach_adapter, trainable_parameters
+from qlora_core.modeling.memory import (
+    MemoryEstimate,
+    Shape,
+    Workload,
+    estimate_full,
+    estimate_lora,
+    estimate_qlora,
+    optimizer_bytes,
+    quantized_bytes,
+    shape_of,
+)
+from qlora_core.modeling.quantization import quantize_model
+from qlora_core.training.objective import Batch, LossFunction
+
+GB = 1e9
+NF4 = QuantizationConfig()
+ADAPTER = AdapterConfig()
+TRAINING = TrainingConfig()
+
+LLAMA_8B = LlamaConfig(
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False,
+)  # fmt: skip
+LLAMA_70B = LlamaConfig(
+    hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+    num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False,
+)  # fmt: skip
+SMALL = LlamaConfig(
+    hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=500, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def work(num_tokens=4096, num_supervised=1024, checkpointing=False, dtype="bfloat16") -> Workload:
+    return Workload(
+        num_tokens=num_tokens,
+        num_supervised=num_supervised,
+        checkpointing=checkpointing,
+        compute_dtype=dtype,
+    )
+
+
+def small(config: PretrainedConfig, quantization, dtype=torch.float32) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).requires_grad_(False)
+    quantize_model(model, quantization, dtype, lambda *_: None)
+    return model
+
+
+def bytes_held(model: torch.nn.Module) -> tuple[int, int, int]:
+    """(quantised weights, their constants, everything else), counted tensor by tensor."""
+    weights = constants = rest = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        scale = getattr(parameter, "SCB", None)
+        if state is not None:
+            tensors = [state.absmax, state.code]
+            if state.nested:
+                tensors += [state.state2.absmax, state.state2.code, state.offset]
+            constants += sum(t.nbytes for t in tensors)
+            weights += parameter.nbytes
+        elif scale is not None:
+            constants += scale.nbytes
+            weights += parameter.nbytes
+        else:
+            rest += parameter.nbytes
+    return weights, constants, rest
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        QuantizationConfig(),
+        QuantizationConfig(double=False),
+        QuantizationConfig(method="fp4"),
+        QuantizationConfig(method="int8"),
+        QuantizationConfig(method="none"),
+        QuantizationConfig(skip=("down_proj",)),
+    ],
+    ids=["nf4", "nf4-single", "fp4", "int8", "none", "skip-down"],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_and_constants_are_exactly_what_bitsandbytes_holds(quantization, dtype):
+    model = small(SMALL, quantization, getattr(torch, dtype))
+
+    shape = shape_of(SMALL, quantization, ADAPTER)
+    planned = estimate_qlora(shape, quantization, ADAPTER, TRAINING, work(dtype=dtype))
+
+    assert (planned.weights, planned.constants, planned.unquantized) == bytes_held(model)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 70), (1, 3), (576, 1536)], ids=str)
+@pytest.mark.parametrize("double", [True, False])
+def test_ragged_layers_are_counted_to_the_byte(size, double):
+    import bitsandbytes.functional as bnb
+
+    packed, state = bnb.quantize_4bit(
+        torch.randn(size), quant_type="nf4", compress_statistics=double
+    )
+
+    planned = quantized_bytes(*size, QuantizationConfig(double=double))
+
+    constants = state.absmax.nbytes + state.code.nbytes
+    if double:
+        constants += state.state2.absmax.nbytes + state.state2.code.nbytes + state.offset.nbytes
+    assert planned == (packed.nbytes, constants)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [ADAPTER, AdapterConfig(rank=4, dora=True), AdapterConfig(targets=("q_proj", "v_proj"))],
+    ids=str,
+)
+def test_adapter_gradients_and_moments_are_exactly_what_training_allocates(adapter):
+    parameters = trainable_parameters(attach_adapter(small(SMALL, NF4), adapter, 0))
+    optimizer = torch.optim.AdamW(parameters.values())
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = optimizer.state.values()
+
+    planned = estimate_qlora(shape_of(SMALL, NF4, adapter), NF4, adapter, TRAINING, work())
+
+    size = sum(p.nbytes for p in parameters.values())
+    assert planned.adapter == planned.gradients == size
+    assert planned.optimizer == sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in state)
+
+
+@pytest.mark.parametrize("size", [100, 4096, 5000])
+def test_8_bit_moments_are_exactly_what_bitsandbytes_allocates(size):
+    import bitsandbytes as bnb
+
+    parameter = torch.nn.Parameter(torch.ones(size))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = bnb.optim.AdamW8bit([parameter])
+    optimizer.step()
+    state = optimizer.state[parameter]
+
+    held = [t for n, t in state.items() if isinstance(t, torch.Tensor) and "qmap" not in n]
+
+    assert optimizer_bytes([size], "adamw_8bit") == sum(t.nbytes for t in held)
+
+
+def bytes_kept_for_backward(model, *, rows: int, length: int, answer: int) -> int:
+    """What autograd really keeps, each storage once, parameters apart."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in own:
+            kept[place] = tensor
+        return tensor
+
+    ids = torch.randint(SMALL.vocab_size, (rows, length))
+    labels = torch.full_like(ids, -100)
+    labels[:, -answer:] = ids[:, -answer:]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        LossFunction(model)(Batch(ids, labels))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropout"), [("float32", 0.0), ("bfloat16", 0.0), ("float32", 0.1)]
+)
+def test_activations_are_within_a_tenth_of_what_autograd_keeps(dtype, dropout):
+    adapter = AdapterConfig(rank=8, dropout=dropout)
+    model = attach_adapter(small(SMALL, NF4, getattr(torch, dtype)), adapter, 0).train()
+    kept = bytes_kept_for_backward(model, rows=4, length=96, answer=1)
+
+    planned = estimate_qlora(
+        shape_of(SMALL, NF4, adapter), NF4, adapter, TRAINING, work(4 * 96, 4, dtype=dtype)
+    )
+
+    assert planned.activations == pytest.approx(kept, rel=0.1)
+
+
+def test_full_fine_tuning_keeps_what_autograd_keeps_within_a_tenth():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(SMALL).train()
+    kept = bytes_kept_for_backward(model, rows=4, length=96, answer=1)
+
+    planned = estimate_full(shape_of(SMALL, NF4, ADAPTER), work(4 * 96, 4, dtype="float32"))
+
+    assert planned.activations == pytest.approx(kept, rel=0.1)
+
+
+def test_an_8b_model_in_nf4_takes_under_6_gb_at_4_127_bits():
+    shape = shape_of(LLAMA_8B, NF4, ADAPTER)
+
+    planned = estimate_qlora(shape, NF4, ADAPTER, TRAINING, work())
+
+    linear = sum(group.num_weights for group in shape.linears)
+    bits = 8 * (planned.weights + planned.constants) / linear
+    assert shape.num_parameters == 8_030_261_248  # as Meta published it
+    assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=0.001)
+    assert 5.6 * GB < planned.weights + planned.constants + planned.unquantized < 5.8 * GB
+
+
+def test_double_quantisation_saves_0_37_bits_per_parameter():
+    single = QuantizationConfig(double=False)
+    shape = shape_of(LLAMA_8B, NF4, ADAPTER)
+    linear = sum(group.num_weights for group in shape.linears)
+
+    def constants(quantization: QuantizationConfig) -> int:
+        return estimate_qlora(shape, quantization, ADAPTER, TRAINING, work()).constants
+
+    assert 8 * (constants(single) - constants(NF4)) / linear == pytest.approx(0.373, abs=0.001)
+
+
+def test_full_fine_tuning_takes_16_bytes_per_parameter_before_activations():
+    shape = shape_of(LLAMA_8B, NF4, ADAPTER)
+
+    for dtype in ("bfloat16", "float32"):
+        full = estimate_full(shape, work(dtype=dtype))
+        assert full.weights + full.gradients + full.optimizer == 16 * shape.num_parameters
+
+
+def total(config: PretrainedConfig, checkpointing=True) -> dict[str, MemoryEstimate]:
+    shape = shape_of(config, NF4, ADAPTER)
+    load = work(2048, 512, checkpointing)
+    return {
+        "qlora": estimate_qlora(shape, NF4, ADAPTER, TRAINING, load),
+        "lora": estimate_lora(shape, ADAPTER, TRAINING, load),
+        "full": estimate_full(shape, load),
+    }
+
+
+def test_a_70b_model_fits_one_80_gb_gpu_with_qlora_alone():
+    """QLoRA's claim: 780 GB of full fine-tuning become less than 48 for 65B (abstract)."""
+    planned = total(LLAMA_70B)
+
+    assert planned["qlora"].total < 60 * GB
+    assert 140 * GB < planned["lora"].total < 160 * GB
+    assert planned["full"].total > 1100 * GB
+
+
+def test_checkpointing_and_micro_batches_move_activations_alone():
+    off, on = total(LLAMA_8B, False)["qlora"], total(LLAMA_8B, True)["qlora"]
+
+    assert on.activations < off.activations / 10
+    assert on.model_copy(update={"activations": off.activations}) == off
+
+
+def test_activations_grow_with_tokens_and_logits_with_supervised_ones():
+    shape = shape_of(SMALL, NF4, ADAPTER)
+
+    def estimate(tokens: int, supervised: int) -> MemoryEstimate:
+        return estimate_qlora(shape, NF4, ADAPTER, TRAINING, work(tokens, supervised))
+
+    one, more_tokens, more_answers = estimate(100, 10), estimate(200, 10), estimate(100, 20)
+    assert more_tokens.activations == pytest.approx(2 * one.activations, abs=1)
+    assert more_tokens.logits == one.logits
+    assert more_answers.logits == 2 * one.logits
+    assert more_answers.activations == one.activations
+
+
+def test_paged_moments_are_marked_as_movable():
+    shape = shape_of(SMALL, NF4, ADAPTER)
+    paged = TrainingConfig(optimizer="paged_adamw_8bit")
+
+    planned = estimate_qlora(shape, NF4, ADAPTER, paged, work())
+
+    assert planned.paged == planned.optimizer > 0
+    assert planned.total == sum(size for _, size in planned.components())
+
+
+def test_a_gpt2_is_counted_although_it_stores_weights_transposed():
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    real = AutoModelForCausalLM.from_config(config)
+
+    shape = shape_of(config, NF4, ADAPTER)
+
+    assert shape.num_parameters == sum(p.numel() for p in real.parameters())
+    sizes = {(group.num_out, group.num_in): group.count for group in shape.linears}
+    assert sizes == {(48, 16): 2, (16, 16): 2, (64, 16): 2, (16, 64): 2}
+
+
+def test_the_shape_is_plain_data():
+    shape = shape_of(LLAMA_8B, NF4, ADAPTER)
+
+    assert Shape.model_validate_json(shape.model_dump_json()) == shape
+
+
+def test_targets_that_match_nothing_are_an_error_in_the_plan_already():
+    with pytest.raises(ConfigError, match="wq_proj"):
+        shape_of(SMALL, NF4, AdapterConfig(targets=("wq_proj",)))

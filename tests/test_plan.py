@@ -1,0 +1,205 @@
+import pytest
+from transformers import LlamaConfig
+
+from qlora_core.artifacts import PreparedDataset, SplitFacts
+from qlora_core.config import RunConfig
+from qlora_core.modeling.memory import shape_of
+from qlora_core.plan import Device, Plan, RawSize, plan_run, plan_stages, training_size
+
+CPU = Device(kind="cpu", name="2 cores", memory_bytes=24 * 10**9, compute_dtype="float32")
+H100 = Device(kind="cuda", name="H100", memory_bytes=80 * 10**9, compute_dtype="bfloat16")
+LLAMA_8B = LlamaConfig(
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False,
+)  # fmt: skip
+ALL = ["data", "base", "base_report", "adapter", "tuned_report", "merged", "merged_report",
+       "registered"]  # fmt: skip
+
+
+def recipe(**parts: object) -> RunConfig:
+    return RunConfig.model_validate(
+        {"name": "r", "model": {"source": "org/m"}, "dataset": {"source": "org/d"}} | parts
+    )
+
+
+def prepared(num_rows=1000, num_tokens=50_000, supervised=20_000, longest=120) -> PreparedDataset:
+    split = SplitFacts(
+        num_rows=num_rows, num_tokens=num_tokens, num_supervised_tokens=supervised,
+        length_quantiles={"max": longest},
+    )  # fmt: skip
+    return PreparedDataset(
+        num_rows_read=num_rows, dropped={}, train=split, heldout=split, num_prompts=1,
+        format="messages", sample="",
+    )  # fmt: skip
+
+
+def plan(config=None, device=H100, data=None, cached=None, raw=None) -> Plan:
+    config = config or recipe()
+    return plan_run(
+        config,
+        shape=shape_of(LLAMA_8B, config.quantization, config.adapter),
+        device=device,
+        is_cached=lambda role: role in (cached or ()),
+        prepared=data,
+        raw=raw,
+    )
+
+
+def states(config: RunConfig, cached) -> dict[str, str]:
+    return {stage.role: stage.state for stage in plan_stages(config, lambda role: role in cached)}
+
+
+def test_with_an_empty_store_the_first_stages_run_and_the_others_wait_for_them():
+    found = states(recipe(), [])
+
+    assert list(found) == ALL
+    assert found["data"] == found["base"] == "to run"
+    assert {found[role] for role in ALL[2:]} == {"unknown"}
+
+
+def test_with_a_full_store_everything_is_cached():
+    assert set(states(recipe(), ALL).values()) == {"cached"}
+
+
+def test_a_changed_learning_rate_reruns_training_and_nothing_before_it():
+    found = states(recipe(), ["data", "base", "base_report"])
+
+    assert [found[role] for role in ALL[:4]] == ["cached", "cached", "cached", "to run"]
+    assert {found[role] for role in ALL[4:]} == {"unknown"}
+
+
+def test_an_unknown_stage_says_what_it_waits_for():
+    stages = {s.role: s for s in plan_stages(recipe(), lambda role: role in ["data"])}
+
+    assert stages["base_report"].why == "known once quantize base has run"
+    assert stages["merged"].why == "known once quantize base, train adapter has run"
+
+
+def test_a_lookup_that_cannot_tell_leaves_the_stage_unknown_and_is_not_asked_about_later_ones():
+    asked = []
+
+    def cannot_tell(role: str) -> bool | None:
+        asked.append(role)
+        return None
+
+    stages = plan_stages(recipe(), cannot_tell)
+
+    assert {stage.state for stage in stages} == {"unknown"}
+    assert asked == ["data", "base"]
+
+
+def test_stages_that_are_switched_off_are_not_planned():
+    config = recipe(merge={"enabled": False}, registry={"enabled": False})
+
+    assert list(states(config, [])) == ALL[:5]
+    without_merge = states(recipe(merge={"enabled": False}), ALL)
+    assert without_merge["registered"] == "cached"
+
+
+def test_steps_and_tokens_of_a_prepared_dataset_are_exact():
+    config = recipe(training={"epochs": 2, "global_batch": 16})
+
+    size = training_size(config, prepared(), None)
+
+    assert size.is_exact
+    assert (size.num_steps, size.num_tokens) == (125, 100_000)
+    assert size.longest_row == 120
+    assert size.supervised_share == 0.4
+
+
+def test_a_part_of_an_epoch_is_a_mean_and_says_so():
+    config = recipe(training={"max_steps": 10, "global_batch": 16})
+
+    size = training_size(config, prepared(), None)
+
+    assert (size.num_steps, size.num_tokens, size.is_exact) == (10, 8000, False)
+    assert any("estimated" in note for note in plan(config, data=prepared()).notes)
+
+
+def test_without_a_prepared_dataset_tokens_come_from_the_files_size():
+    config = recipe(
+        dataset={"source": "org/d", "max_length": 300, "heldout": {"fraction": 0.2}},
+        training={"global_batch": 16},
+    )
+
+    size = training_size(config, None, RawSize(num_bytes=400_000, num_lines=1000))
+
+    assert not size.is_exact
+    assert (size.num_rows, size.num_steps, size.num_tokens) == (800, 50, 80_000)
+    assert size.longest_row == 300
+    assert size.supervised_share == 1.0
+
+
+def test_max_rows_and_a_heldout_file_are_respected():
+    config = recipe(dataset={"source": "org/d", "max_rows": 100, "heldout": {"source": "org/h"}})
+
+    size = training_size(config, None, RawSize(num_bytes=400_000, num_lines=1000))
+
+    assert (size.num_rows, size.num_tokens) == (100, 10_000)
+
+
+def test_where_nothing_is_known_of_the_rows_the_plan_says_so_and_still_counts_memory():
+    made = plan()
+
+    assert made.training is None
+    assert any("Nothing is known" in note for note in made.notes)
+    assert made.workload.num_tokens == made.workload.num_supervised == 4 * 1024
+    assert all(estimate.total > 0 for estimate in made.memory)
+
+
+def test_memory_is_shown_by_component_against_lora_and_full_fine_tuning():
+    made = plan(data=prepared())
+
+    rows = dict(made.rows())
+    assert [estimate.strategy for estimate in made.memory] == ["qlora", "lora", "full"]
+    assert list(rows)[-1] == "total"
+    for column, estimate in enumerate(made.memory):
+        parts = [values[column] for name, values in rows.items() if name != "total"]
+        assert sum(parts) == rows["total"][column] == estimate.total
+    qlora, lora, full = rows["total"]
+    assert qlora < lora < full
+
+
+def test_an_8b_model_fits_an_80_gb_gpu_with_qlora_but_not_with_full_fine_tuning():
+    made = plan(data=prepared())
+
+    assert [made.fits(estimate) for estimate in made.memory] == [True, True, False]
+
+
+def test_workers_share_the_memory_of_a_cpu_but_have_a_gpu_each():
+    config = recipe(cluster={"workers": 3})
+    on_cpu, on_gpu = plan(config, device=CPU), plan(config, device=H100)
+
+    assert (on_cpu.workers_on_device, on_gpu.workers_on_device) == (3, 1)
+    need = on_cpu.memory[0].total
+    roomy = CPU.model_copy(update={"memory_bytes": int(need * 3 / 0.9) + 10})
+    tight = CPU.model_copy(update={"memory_bytes": int(need * 2.9 / 0.9)})
+    assert on_cpu.model_copy(update={"device": roomy}).fits(on_cpu.memory[0])
+    assert not on_cpu.model_copy(update={"device": tight}).fits(on_cpu.memory[0])
+
+
+@pytest.mark.parametrize(
+    ("device", "memory_gb", "choice", "expected"),
+    [
+        (H100, 80, "auto", False),
+        (H100, 16, "auto", True),
+        (H100, 80, "on", True),
+        (H100, 16, "off", False),
+        (CPU, 8, "auto", False),
+    ],
+)
+def test_auto_checkpointing_recomputes_only_on_a_gpu_that_is_too_small(
+    device, memory_gb, choice, expected
+):
+    sized = device.model_copy(update={"memory_bytes": memory_gb * 10**9})
+
+    made = plan(recipe(training={"checkpointing": choice}), device=sized)
+
+    assert made.workload.checkpointing is expected
+    assert any("recomputed" in note for note in made.notes) is (expected and choice == "auto")
+
+
+def test_a_plan_is_plain_data():
+    made = plan(data=prepared(), cached=["data"])
+
+    assert Plan.model_validate_json(made.model_dump_json()) == made
