@@ -151,6 +151,10 @@ class Store:
                 raise
             raise storage_error(error, error.filename or self.root) from error
 
+    def forget(self, artifact: Artifact[Any]) -> None:
+        """Set an artefact aside that is whole, but that the world no longer agrees with."""
+        _set_aside(artifact.path, self.root / "damaged")
+
     def scratch(self, stage: Stage[P, F], key: str) -> Path:
         """Return the folder in which attempts at this key leave what their successors need."""
         return self.root / stage.name / f".{key}.scratch"

@@ -135,7 +135,7 @@ def register_model(
     tuned_report: Report,
     merged_report: Report | None,
 ) -> Artifact[RegisteredModel]:
-    """Publish, and promote if the gate passes."""
+    """Publish, and promote if the gate passes; again, if the registry has lost it since."""
     config = ws.config
     return ws.produce(
         "registered",

@@ -15,13 +15,13 @@ from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
 
-from qlora_core.artifacts import Artifact, Facts
+from qlora_core.artifacts import Artifact, Facts, RegisteredModel
 from qlora_core.backends.memory import SilentProgress
 from qlora_core.backends.mlflow_registry import MlflowRegistry
 from qlora_core.backends.mlflow_tracking import MlflowTracker
 from qlora_core.backends.ray_train import RayTrainLauncher
 from qlora_core.config import CustomScorer, QuantizationConfig, RunConfig
-from qlora_core.errors import QLoraError
+from qlora_core.errors import LaunchError, QLoraError
 from qlora_core.ports import Launcher, Progress, Services, Stage
 from qlora_core.sources import Source, find_source
 from qlora_core.store import Store
@@ -30,6 +30,9 @@ from tasks.progress import RunProgress, StoppedError
 
 P = ParamSpec("P")
 F = TypeVar("F", bound=Facts)
+
+SHOWN = {f"{subject}_report": f"evaluate {subject}" for subject in ("base", "tuned", "merged")}
+"""Names that stages show themselves by, by role, where it is not the stage's name."""
 
 Keep = Callable[[str, Artifact[Any], bool], None]
 """Told of every artefact: its role in the run, the artefact, whether the store had it."""
@@ -84,6 +87,9 @@ class Workspace:
         self.progress.check(stage.name)
         try:
             produced = self.store.produce(stage, self.services, *args, **kwargs)
+            if produced.cached and self._is_lost(produced.artifact):
+                self.store.forget(produced.artifact)
+                produced = self.store.produce(stage, self.services, *args, **kwargs)
         except QLoraError as error:
             if self.progress.is_stopping and not isinstance(error, StoppedError):
                 raise StoppedError(f"{stage.name} was stopped before it was done.") from error
@@ -91,12 +97,23 @@ class Workspace:
         self._keep(role, produced.artifact, produced.cached)
         if not produced.cached:
             return produced.artifact
-        self.progress.update(stage.name, 1, 1, "cached")
+        self.progress.update(SHOWN.get(role, stage.name), 1, 1, "cached")
         state: State[Any] = Completed(
             name="Cached", message=f"{stage.name} {produced.artifact.key[:12]}"
         )
         state.data = produced.artifact
         return cast("Artifact[F]", state)
+
+    def _is_lost(self, artifact: Artifact[Any]) -> bool:
+        """Say whether a model that the store says was published is gone from the registry."""
+        facts = artifact.facts
+        if not isinstance(facts, RegisteredModel):
+            return False
+        try:
+            return not self.services.registry.holds(facts.name, facts.adapter_version)
+        except LaunchError as error:
+            self.progress.say(artifact.stage, f"taken for registered as before: {error.what}")
+            return False
 
 
 @dataclass(frozen=True)
@@ -189,7 +206,10 @@ def _ray(config: RunConfig, progress: RunProgress) -> RayTrainLauncher:
     def say(message: str) -> None:
         progress.say("train_adapter", message)
 
-    return RayTrainLauncher(places.cluster(config), config.snapshots, say)
+    def check() -> None:
+        progress.check("train_adapter")
+
+    return RayTrainLauncher(places.cluster(config), config.snapshots, say, check)
 
 
 def _registry(config: RunConfig, tracker: MlflowTracker) -> MlflowRegistry:

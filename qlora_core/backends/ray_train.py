@@ -59,6 +59,8 @@ class RayTrainLauncher:
     snapshots: SnapshotConfig
     say: Callable[[str], None]
     """Told what a person should know, once: a resume, a damaged snapshot, a lost driver."""
+    check: Callable[[], None] = lambda: None
+    """Called several times a second; what it raises ends training and all of Ray's processes."""
 
     def train(self, job: TrainJob, on_step: Callable[[StepMetrics], None]) -> None:
         """Run ``job`` to its end, calling ``on_step`` once for each step, in order.
@@ -97,7 +99,7 @@ class RayTrainLauncher:
         )
         try:
             with _driver(spec) as driver:
-                return _watch(driver, spec, follower)
+                return _watch(driver, spec, follower, self.check)
         finally:
             shutil.rmtree(temp, ignore_errors=True)
             shutil.rmtree(job.scratch / "ray", ignore_errors=True)
@@ -172,9 +174,10 @@ def _driver(spec: RaySpec) -> Iterator[_Driver]:
             process.stdin.close()
 
 
-def _watch(driver: _Driver, spec: RaySpec, follower: _Follower) -> bool:
+def _watch(driver: _Driver, spec: RaySpec, follower: _Follower, check: Callable[[], None]) -> bool:
     """Follow a driver to its end; return whether it finished, False if it was lost."""
     while driver.process.poll() is None and not spec.error_file.exists():
+        check()
         follower.catch_up()
         time.sleep(_POLL_S)
     follower.catch_up()
