@@ -8,7 +8,7 @@ Dims: P trainable parameters, all tensors together.
 Source: Loshchilov & Hutter 2019, arXiv:1711.05101; Dettmers et al. 2022, arXiv:2110.02861 (8-bit).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ class OptimizerState:
 
     tensors: dict[str, Tensor]
     """By ``<index of the parameter>.<name>``."""
-    numbers: dict[str, float]
+    numbers: dict[str, int | float]
     """What is not a tensor, under such names."""
 
 
@@ -97,8 +97,8 @@ def make_optimizer(
 def state_of(optimizer: torch.optim.Optimizer) -> OptimizerState:
     """Return copies of everything the optimizer remembers, on the CPU."""
     tensors, numbers = {}, {}
-    for index, memory in optimizer.state_dict()["state"].items():
-        for name, value in memory.items():
+    for index, (_, parameter) in enumerate(_owners(optimizer)):
+        for name, value in optimizer.state[parameter].items():
             if isinstance(value, Tensor):
                 tensors[f"{index}.{name}"] = value.detach().cpu().clone()
             else:
@@ -107,13 +107,28 @@ def state_of(optimizer: torch.optim.Optimizer) -> OptimizerState:
 
 
 def restore(optimizer: torch.optim.Optimizer, state: OptimizerState) -> None:
-    """Put back what `state_of` returned."""
-    memories: dict[int, dict[str, Any]] = {}
+    """Put back what `state_of` returned.
+
+    bitsandbytes makes its buffers first, as a paged one is no ordinary tensor; they are filled.
+    """
+    owners = list(_owners(optimizer))
+    for index, (group, parameter) in enumerate(owners):
+        if hasattr(optimizer, "init_state"):
+            optimizer.init_state(group, parameter, 0, index)
     for key, value in (state.tensors | state.numbers).items():
-        index, _, name = key.partition(".")
-        memories.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": memories, "param_groups": groups})
+        index_text, _, name = key.partition(".")
+        parameter = owners[int(index_text)][1]
+        memory = optimizer.state[parameter]
+        if isinstance(value, Tensor) and name in memory:
+            memory[name].copy_(value)
+        else:
+            memory[name] = value.to(parameter.device) if isinstance(value, Tensor) else value
+
+
+def _owners(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield group, parameter
 
 
 def _require_8bit(device: torch.device) -> None:

@@ -82,7 +82,7 @@ class _State(Frozen):
     best_step: int
     num_measured_since_best: int
     stopped_early: bool
-    optimizer_numbers: dict[str, float]
+    optimizer_numbers: dict[str, int | float]
 
 
 class SnapshotWriter:

@@ -18,7 +18,7 @@ from peft import PeftModel
 
 from qlora_core.config import SnapshotConfig
 from qlora_core.data.prepared import read_split
-from qlora_core.errors import DataError, ResourceError
+from qlora_core.errors import DataError, ModelError, ResourceError
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
 from qlora_core.ports import StepMetrics, TrainJob
@@ -123,8 +123,15 @@ def _set_checkpointing(
                 f"training.checkpointing=auto recomputes activations: {num_tokens} tokens of a "
                 "micro-batch may not fit otherwise."
             )
-    if mode == "on":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if mode != "on":
+        return
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(
+            f"{job.base_name or job.base} cannot recompute its activations.",
+            fix="Set training.checkpointing=off and lower training.micro_batch instead.",
+        )
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def _go_on(run: Run, job: TrainJob, notes: list[str]) -> tuple[Position, list[StepMetrics]]:

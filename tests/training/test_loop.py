@@ -1,0 +1,187 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from qlora_core.backends.in_process import InProcessLauncher
+from qlora_core.config import AdapterConfig, SnapshotConfig, TrainingConfig
+from qlora_core.data.prepared import IGNORED, read_split
+from qlora_core.errors import TrainingError
+from qlora_core.modeling.loading import load_base
+from qlora_core.modeling.lora import attach_adapter, trainable_parameters
+from qlora_core.ports import StepMetrics, TrainJob
+from qlora_core.training.batching import make_plan
+from qlora_core.training.comm import Alone
+from qlora_core.training.loop import Position, Run, keep_best, train
+from qlora_core.training.objective import LossFunction
+from qlora_core.training.optimizer import make_optimizer
+from qlora_core.training.schedule import learning_rate
+from qlora_core.training.worker import run_worker
+from tests.training.conftest import SMALL
+from tests.training.fakes import run_on_threads
+
+CPU = torch.device("cpu")
+RARELY = SnapshotConfig(every_s=1e9)
+
+
+def curve(job: TrainJob, world_size: int = 1) -> list[StepMetrics]:
+    steps: list[StepMetrics] = []
+    if world_size == 1:
+        InProcessLauncher(RARELY).train(job, steps.append)
+    else:
+        run_on_threads(
+            world_size,
+            lambda comm: run_worker(job, comm, RARELY, "0001", CPU, steps.append),
+        )
+    return steps
+
+
+def losses(steps: list[StepMetrics]) -> list[float]:
+    return [step.loss for step in steps]
+
+
+def heldout(steps: list[StepMetrics]) -> list[float]:
+    return [step.heldout_loss for step in steps if step.heldout_loss is not None]
+
+
+def test_training_equals_a_plain_loop_with_peft_and_torch(nf4_base, dataset, make_job):
+    job = make_job(weight_decay=0.1, max_grad_norm=0.5, micro_batch=2)
+    ours = curve(job)
+
+    config, rows = job.training, read_split(dataset, "train")
+    model = attach_adapter(load_base(nf4_base), AdapterConfig(rank=4), job.seed).train()
+    parameters = list(trainable_parameters(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.1, foreach=False)
+    plan = make_plan(seed=job.seed, num_rows=len(rows), global_batch=8, epochs=2.0)
+    for step in range(1, plan.num_steps + 1):
+        chosen = plan.rows(step)
+        width = int(rows.lengths[chosen].max())
+        ids = torch.zeros(len(chosen), width, dtype=torch.long)
+        labels = torch.full((len(chosen), width), IGNORED)
+        for place, row in enumerate(chosen):
+            ids[place, : rows.lengths[row]] = torch.tensor(rows.input_ids(row))
+            labels[place, : rows.lengths[row]] = torch.tensor(rows.labels(row))
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, plan.num_steps, config)
+        optimizer.step()
+        assert ours[step - 1].loss == pytest.approx(loss.item(), rel=1e-5)
+        assert ours[step - 1].grad_norm == pytest.approx(norm.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch"), [(1, 8), (1, 2), (1, 1), (2, 4), (2, 1), (4, 2), (3, 4)]
+)
+def test_neither_micro_batch_nor_number_of_workers_changes_the_curve(
+    world_size, micro_batch, make_job
+):
+    reference = curve(make_job("reference"))
+
+    steps = curve(make_job("split", micro_batch=micro_batch), world_size)
+
+    assert losses(steps) == pytest.approx(losses(reference), rel=1e-5)
+    assert heldout(steps) == pytest.approx(heldout(reference), rel=1e-5)
+
+
+def test_more_workers_than_rows_of_a_step_work(make_job):
+    reference = curve(make_job("reference", global_batch=2, micro_batch=1, max_steps=3))
+
+    steps = curve(make_job("many", global_batch=2, micro_batch=1, max_steps=3), world_size=5)
+
+    assert losses(steps) == pytest.approx(losses(reference), rel=1e-5)
+
+
+def test_training_learns_something(make_job):
+    steps = curve(make_job(epochs=40, learning_rate=2e-2, heldout_every=None))
+
+    assert steps[-1].loss < 0.92 * steps[0].loss
+
+
+def test_dropout_depends_on_seed_and_step_and_leaves_the_callers_random_state_alone(make_job):
+    torch.manual_seed(7)
+    first = curve(make_job("first", dropout=0.5))
+    drawn = torch.rand(3)
+    torch.manual_seed(8)
+    again = curve(make_job("again", dropout=0.5))
+    torch.manual_seed(7)
+
+    assert losses(first) == losses(again)
+    assert_close(drawn, torch.rand(3))
+    assert losses(first) != losses(curve(make_job("none", dropout=0.0)))
+
+
+def test_recomputing_activations_gives_the_same_numbers(make_job):
+    kept = curve(make_job("off", checkpointing="off", dropout=0.1))
+
+    recomputed = curve(make_job("on", checkpointing="on", dropout=0.1))
+
+    assert losses(recomputed) == pytest.approx(losses(kept), rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_rate_and_remedy(make_job):
+    job = make_job(learning_rate=1e30, warmup=0.0, max_steps=6)
+
+    with pytest.raises(TrainingError) as caught:
+        curve(job)
+
+    assert "at step" in caught.value.what
+    assert "learning rate" in caught.value.what
+    assert "training.learning_rate" in caught.value.fix
+
+
+def test_8_bit_moments_follow_the_exact_ones_closely(make_job):
+    exact = curve(make_job("exact", rank=64, learning_rate=1e-3))
+
+    rough = curve(make_job("rough", rank=64, optimizer="adamw_8bit", learning_rate=1e-3))
+
+    assert losses(rough) == pytest.approx(losses(exact), rel=1e-2)
+
+
+def make_run(base, dataset, **training) -> Run:
+    config = TrainingConfig(**(SMALL | training))
+    model = attach_adapter(load_base(base), AdapterConfig(rank=4), seed=0)
+    parameters, rows = trainable_parameters(model), read_split(dataset, "train")
+    plan = make_plan(seed=0, num_rows=len(rows), global_batch=8, epochs=config.epochs)
+    return Run(
+        model=model,
+        parameters=parameters,
+        optimizer=make_optimizer(parameters, config, CPU, []),
+        plan=plan,
+        train=rows,
+        heldout=read_split(dataset, "heldout"),
+        config=config,
+        comm=Alone(),
+        device=CPU,
+        seed=0,
+        loss=LossFunction(model),
+    )
+
+
+def test_early_stopping_keeps_the_best_adapter(float_base, dataset):
+    settings = {"epochs": 40, "learning_rate": 0.3, "heldout_every": 1, "early_stopping": 3}
+    run = make_run(float_base, dataset, **settings)
+    position, seen, weights = Position(), [], []
+
+    for metrics in train(run, position):
+        seen.append(metrics.heldout_loss)
+        weights.append({name: p.detach().clone() for name, p in run.parameters.items()})
+
+    best = min(range(len(seen)), key=seen.__getitem__)
+    assert position.stopped_early
+    assert len(seen) == best + 1 + 3 < run.plan.num_steps
+    assert keep_best(run, position) == best + 1
+    for name, parameter in run.parameters.items():
+        assert torch.equal(parameter, weights[best][name])
+
+
+def test_without_early_stopping_the_last_adapter_is_kept(float_base, dataset):
+    run = make_run(float_base, dataset)
+    position = Position()
+    steps = list(train(run, position))
+
+    assert keep_best(run, position) == run.plan.num_steps
+    assert math.isfinite(steps[-1].heldout_loss)
+    assert steps[0].heldout_loss is None
