@@ -62,7 +62,7 @@ def answer_prompts(
     """
     stops = stop_tokens(model, tokenizer)
     context = context_length_of(model.config)
-    rooms = [min(max_new_tokens, context - len(prompt.ids)) for prompt in prompts]
+    rooms = [min(max_new_tokens, context - len(prompt.ids) + 1) for prompt in prompts]
     answers: dict[int, Answer] = {}
     for batch in _batches([len(prompt.ids) for prompt in prompts], rooms, batch_size):
         with _greedy(model, stops, rooms[batch[0]]):
