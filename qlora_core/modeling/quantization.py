@@ -32,6 +32,9 @@ from qlora_core.config import QuantizationConfig
 from qlora_core.errors import ConfigError, ModelError
 from qlora_core.modeling.loading import quiet
 
+BLOCK = 64
+"""Weights that share a scale in 4 bits."""
+
 OnLayer = Callable[[int, int, str], None]
 """Called after each layer with (done, total, name)."""
 
@@ -44,6 +47,8 @@ class Quantized:
     """RMS(dequantised - original) / RMS(original) of each layer [dimensionless]."""
     num_parameters: int
     num_quantized_parameters: int
+    left_whole: tuple[str, ...]
+    """Linear layers left unquantised because of their shape."""
 
 
 def quantize_model(
@@ -59,7 +64,7 @@ def quantize_model(
         ModelError: A weight is not finite, or the model has no linear layer.
     """
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    chosen = [] if config.method == "none" else layers_to_quantize(model, config)
+    chosen, left_whole = layers_to_quantize(model, config)
     errors: dict[str, float] = {}
     num_quantized = 0
     for done, name in enumerate(chosen, start=1):
@@ -73,11 +78,16 @@ def quantize_model(
     model.config.dtype = compute_dtype
     if chosen:
         model.config.quantization_config = _describe(model, config, compute_dtype)
-    return Quantized(errors, num_parameters, num_quantized)
+    return Quantized(errors, num_parameters, num_quantized, left_whole)
 
 
-def layers_to_quantize(model: PreTrainedModel, config: QuantizationConfig) -> list[str]:
-    """Return the names of the linear layers to quantise, in the model's order.
+def layers_to_quantize(
+    model: PreTrainedModel, config: QuantizationConfig
+) -> tuple[list[str], tuple[str, ...]]:
+    """Return the names of the layers to quantise, and of those whose shape forbids it.
+
+    A block of 64 weights that spans two rows is dequantised wrongly by bitsandbytes' CPU kernels
+    (0.50.2: up to three times the noise), so in 4 bits rows must hold whole blocks.
 
     Raises:
         ConfigError: `quantization.skip` names a module that is not there.
@@ -90,20 +100,25 @@ def layers_to_quantize(model: PreTrainedModel, config: QuantizationConfig) -> li
                 f"quantization.skip: {skip!r} matches no module of this model.",
                 fix="Name modules by their endings, such as lm_head or mlp.down_proj.",
             )
+    if config.method == "none":
+        return [], ()
     head = model.get_output_embeddings()
-    chosen = [
-        name
+    wanted = {
+        name: module
         for name, module in model.named_modules()
         if (type(module) is nn.Linear or isinstance(module, Conv1D))
         and module is not head
         and not any(_is_within(name, skip) for skip in config.skip)
-    ]
+    }
+    whole_rows = 1 if config.method == "int8" else BLOCK
+    chosen = [name for name, module in wanted.items() if _row_length(module) % whole_rows == 0]
     if not chosen:
         raise ModelError(
-            f"{type(model).__name__} has no linear layer to quantise (after quantization.skip).",
+            f"{type(model).__name__} has no linear layer to quantise: {len(wanted)} are left after "
+            f"quantization.skip, none of them with rows of whole blocks of {whole_rows}.",
             fix="Choose quantization.method=none, or skip less.",
         )
-    return chosen
+    return chosen, tuple(name for name in wanted if name not in chosen)
 
 
 def dequantized(layer: Any) -> Tensor:
@@ -161,7 +176,7 @@ def _replace(
             f"The weight of {name} holds NaN or infinity.",
             fix="The checkpoint is damaged or was trained to overflow; use another one.",
         )
-    model.set_submodule(name, replacement)
+    model.set_submodule(name, replacement.train(layer.training))
     return error
 
 
@@ -216,6 +231,10 @@ def _describe(
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=kept,
     )
+
+
+def _row_length(layer: Any) -> int:
+    return int(layer.nx if isinstance(layer, Conv1D) else layer.in_features)
 
 
 def _is_within(name: str, module: str) -> bool:

@@ -13,6 +13,7 @@ from qlora_core.errors import ModelError, storage_error
 from qlora_core.modeling.dtypes import dtype_name, present_device_type, resolve_compute_dtype
 from qlora_core.modeling.loading import context_length_of, load_original, load_tokenizer
 from qlora_core.modeling.quantization import (
+    BLOCK,
     Quantized,
     quantize_model,
     save_checkpoint,
@@ -105,16 +106,24 @@ def _facts(
         mean_relative_error=sum(errors.values()) / len(errors) if errors else 0.0,
         layer_errors=errors,
         tied_embeddings=bool(loaded.config.get_text_config().tie_word_embeddings),
-        notes=_notes(model, method),
+        notes=_notes(model, method, result),
     )
 
 
-def _notes(model: ModelConfig, method: str) -> tuple[str, ...]:
+def _notes(model: ModelConfig, method: str, result: Quantized) -> tuple[str, ...]:
     notes = []
     if model.source.lower().endswith(".gguf") and method != "none":
         notes.append(
             "The GGUF file is quantised itself: layer errors are against its dequantised weights."
         )
     if method == "int8":
-        notes.append("LLM.int8() rounds activations too, and computes outliers in float16.")
+        notes.append(
+            "LLM.int8() rounds activations too, and computes outliers in float16; on a CPU "
+            "bitsandbytes does so in evaluation but not in training."
+        )
+    if left := result.left_whole:
+        notes.append(
+            f"{len(left)} linear layers are not quantised, as their rows are no multiple of "
+            f"{BLOCK} weights: {', '.join(left[:3])}{', ...' if len(left) > 3 else ''}."
+        )
     return tuple(notes)
