@@ -1,9 +1,11 @@
 """The local journal: everything that is tracked is here first, whatever happens to the server.
 
-One folder for each run. `journal.jsonl` only grows, one record a line, and each line is on the disk
-(fsync) before `append` returns, so a killed process loses nothing it had logged. The number of a
-record is the number of its line: it needs no counter that could be wrong. `acknowledged.json` says
-up to which line a server has everything.
+One folder for each run. `journal.jsonl` only grows, one record a line, handed to the kernel before
+`append` returns, so a killed process loses nothing it had logged; fsync follows within a second of
+logging, before anything is sent, and at the end, so a power cut costs a second at most (each fsync
+takes milliseconds, and thousands of steps may be logged at once). The number of a record is the
+number of its line: it needs no counter that could be wrong. `acknowledged.json` says up to which
+line a server has everything.
 
 What would surprise: (1) a process may die in the middle of a line. A reader leaves such a tail
 alone, and the next writer cuts it off. (2) Several processes may write to one journal (a dying run
@@ -11,6 +13,7 @@ and its successor), so every append holds a file lock, and looks whether the fil
 """
 
 import fcntl
+import math
 import os
 import shutil
 import threading
@@ -24,6 +27,8 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 
 from qlora_core.artifacts import Frozen
+
+_SYNC_EVERY_S = 1.0
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -139,9 +144,10 @@ class Journal:
         self._path = folder / "journal.jsonl"
         self._lock = threading.Lock()
         self._end_byte, self._num_lines = 0, 0
+        self._synced_s = -math.inf
 
     def append(self, record: Record) -> int:
-        """Write one record to the disk and return its number.
+        """Write one record and return its number.
 
         Raises:
             OSError: The disk is full, or the folder cannot be written.
@@ -151,10 +157,17 @@ class Journal:
         with self._lock, _locked(self._path) as file:
             self._cut_torn_tail(file)
             _write_all(file, data)
-            os.fsync(file)
+            if isinstance(record, EndRecord) or time.monotonic() - self._synced_s > _SYNC_EVERY_S:
+                os.fsync(file)
+                self._synced_s = time.monotonic()
             self._end_byte += len(data)
             self._num_lines += 1
             return self._num_lines
+
+    def sync(self) -> None:
+        """Bring what was appended to the disk."""
+        with self._lock, _locked(self._path) as file:
+            os.fsync(file)
 
     def copy_in(self, path: Path) -> str:
         """Copy a file or folder into the journal's folder and return its relative place.

@@ -86,10 +86,13 @@ def find_experiment(client: Any, name: str, artifact_location: str | None) -> st
     return str(found.experiment_id)
 
 
-def source_tags(commit: str | None) -> dict[str, str]:
+def source_tags() -> dict[str, str]:
     """Return the tags that MLflow's pages show as a run's source; nothing is guessed from git."""
-    tags = {"mlflow.source.name": "qlora", "mlflow.source.type": "LOCAL", "mlflow.user": _user()}
-    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
+    return {
+        "mlflow.source.name": "qlora",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.user": _user(),
+    }
 
 
 def is_absent(error: Exception) -> bool:

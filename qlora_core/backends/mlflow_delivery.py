@@ -211,6 +211,8 @@ class Delivery:
     def _read(self) -> None:
         page = self.journal.read(self._page)
         acknowledged = self.journal.acknowledged()
+        if page.num_lines > acknowledged:
+            self.journal.sync()  # a server must not know more than the disk
         for entry in page.entries:
             if entry.number > acknowledged:
                 self._waiting.append(entry)

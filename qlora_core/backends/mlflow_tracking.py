@@ -31,7 +31,13 @@ from qlora_core.backends.journal import (
     StartRecord,
     TagsRecord,
 )
-from qlora_core.backends.mlflow_client import MASK, connect, local_place, mask_credentials
+from qlora_core.backends.mlflow_client import (
+    MASK,
+    connect,
+    local_place,
+    mask_credentials,
+    source_tags,
+)
 from qlora_core.backends.mlflow_delivery import (
     Delivery,
     Destination,
@@ -107,7 +113,8 @@ class MlflowTracker:
         artifact_location: str | None = None,
         sample_every_s: float | None = _SAMPLE_EVERY_S,
     ) -> None:
-        clean = {name: mask_credentials(text) for name, text in (tags or {}).items()}
+        wanted = source_tags() | dict(tags or {})
+        clean = {name: mask_credentials(text) for name, text in wanted.items()}
         try:
             self._journal = Journal(journal_folder)
             destination = _continued(

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from qlora_core.artifacts import Frozen
+from qlora_core.artifacts import Frozen, Metric
 from qlora_core.backends.journal import Journal, MetricsRecord
 from qlora_core.backends.mlflow_client import Place, connect, local_place, mask_credentials
+from qlora_core.backends.mlflow_registry import MlflowRegistry
 from qlora_core.backends.mlflow_tracking import MlflowTracker, flatten, replay, try_out, waiting
 from qlora_core.errors import ArtifactError, UserError
+from qlora_core.ports import Candidate
 from tests.backends.mlflow_place import fresh_place
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +84,7 @@ def test_everything_that_was_logged_is_in_mlflow(tmp_path, place):
     assert history(place, run_id, "loss") == [(step, 1 / step) for step in range(1, 251)]
     assert run.data.tags["qlora.flow"] == "42"
     assert run.data.tags["later"] == "yes"
+    assert run.data.tags["mlflow.source.name"] == "qlora"
     assert {tag.key: tag.value for tag in dataset.tags}["digest"] == "d" * 64
     assert dataset.dataset.digest == "d" * 36
     kept = Path(run.info.artifact_uri.removeprefix("file://")) / "reports" / "report.txt"
@@ -131,6 +134,7 @@ def test_points_of_a_lost_journal_are_not_sent_twice_to_a_given_run(tmp_path, pl
 VICTIM = """
 import sys, time
 from pathlib import Path
+from qlora_core.backends.mlflow_registry import MlflowRegistry
 from qlora_core.backends.mlflow_tracking import MlflowTracker
 
 folder, uri, location = sys.argv[1:]
@@ -379,6 +383,7 @@ def test_mlflow_is_not_imported_by_the_caller_and_its_globals_stay_untouched(tmp
     script = f"""
 import sys
 from pathlib import Path
+from qlora_core.backends.mlflow_registry import MlflowRegistry
 from qlora_core.backends.mlflow_tracking import MlflowTracker
 from qlora_core.backends.mlflow_registry import MlflowRegistry
 assert "mlflow" not in sys.modules
@@ -455,7 +460,7 @@ def late_server(tmp_path):
         process.wait(30)
 
 
-def test_a_server_that_comes_late_gets_everything_once(tmp_path, late_server):
+def test_a_server_that_comes_late_gets_everything_once_and_keeps_models(tmp_path, late_server):
     address, start = late_server
     away = Place(tracking_uri=address)
     tracked = tracker(tmp_path, away)
@@ -473,3 +478,24 @@ def test_a_server_that_comes_late_gets_everything_once(tmp_path, late_server):
     assert history(away, run_id, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
     files = connect(address).list_artifacts(run_id, "reports")
     assert [file.path for file in files] == ["reports/report.txt"]
+
+    (tmp_path / "adapter" / "sub").mkdir(parents=True)
+    (tmp_path / "adapter" / "sub" / "weights").write_text("1")
+    model = Candidate(
+        name="cron",
+        adapter=tmp_path / "adapter",
+        merged=None,
+        base="org/base@1",
+        tags={},
+        dataset_digest="d" * 64,
+        metrics={"loss": Metric(value=1.0, num_rows=3)},
+    )
+    registry = MlflowRegistry(address, "cron", run_id=lambda: run_id)
+    versions = [registry.register(model), registry.register(model)]
+    registry.promote("cron", "1")
+
+    assert versions == [("1", None), ("1", None)]
+    assert registry.champion("cron").metrics == model.metrics
+    kept = (tmp_path / "server" / "files").rglob("weights")
+    assert [path.read_text() for path in kept] == ["1"]
+    assert connect(address).get_model_version("cron", "1").run_id == run_id
