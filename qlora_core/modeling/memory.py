@@ -139,9 +139,7 @@ def shape_of(config: Any, quantization: QuantizationConfig, adapter: AdapterConf
     with torch.device("meta"), quiet():
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
-    quantized = (
-        set() if quantization.method == "none" else set(layers_to_quantize(model, quantization))
-    )
+    quantized, _ = layers_to_quantize(model, quantization)
     endings = tuple(target_endings(model, adapter))
     counts: dict[tuple[int, int, bool, bool], int] = {}
     for name, layer in linear_layers(model).items():

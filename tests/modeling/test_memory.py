@@ -279,14 +279,14 @@ def test_paged_moments_are_marked_as_movable():
 
 
 def test_a_gpt2_is_counted_although_it_stores_weights_transposed():
-    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=64, n_layer=2, n_head=2)
     real = AutoModelForCausalLM.from_config(config)
 
     shape = shape_of(config, NF4, ADAPTER)
 
     assert shape.num_parameters == sum(p.numel() for p in real.parameters())
     sizes = {(group.num_out, group.num_in): group.count for group in shape.linears}
-    assert sizes == {(48, 16): 2, (16, 16): 2, (64, 16): 2, (16, 64): 2}
+    assert sizes == {(192, 64): 2, (64, 64): 2, (256, 64): 2, (64, 256): 2}
 
 
 def test_the_shape_is_plain_data():
