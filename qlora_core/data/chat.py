@@ -110,7 +110,7 @@ class ChatRenderer:
         """
         text, marks = self._text(turns)
         if self._is_marked:
-            starts_ends = marks
+            starts_ends = [(start, end) for start, end in marks if start < end]
         else:
             starts_ends = self._places(turns, text) or self._places_by_prompts(turns, text)
         spans = tuple(self._closed(text, start, end) for start, end in starts_ends)
