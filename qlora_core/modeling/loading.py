@@ -11,18 +11,13 @@ whatever the compute dtype: so the same base would answer differently on another
 that reads the packed bytes afterwards would read noise. `load_base` turns that off.
 """
 
-import functools
 import logging
-import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import gguf
 import torch
 from transformers import (
     AutoConfig,
@@ -32,12 +27,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers import modeling_gguf_pytorch_utils as gguf_loader
 from transformers.integrations.gguf import read_gguf_metadata
-from transformers.utils import logging as _log
 
 from qlora_core.config import ModelConfig
 from qlora_core.errors import ArtifactError, ModelError, QLoraError
+from qlora_core.modeling.quiet import gguf_read_once
+from qlora_core.modeling.quiet import quiet as quiet  # also found here
 from qlora_core.modeling.vetting import vet_folder, vet_weights
 from qlora_core.sources import Source
 
@@ -47,7 +42,6 @@ UNLIMITED_CONTEXT = 1 << 30
 _INT8_LOGGER = "bitsandbytes.autograd._functions"
 """Warns in every layer of every forward that LLM.int8() rounds; the base's notes say it once."""
 
-_ALONE = threading.RLock()
 _TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
@@ -122,7 +116,7 @@ def load_original(model: ModelConfig, source: Source, dtype: torch.dtype | None)
         asked: dict[str, Any] = {"dtype": dtype or torch.float32, "quantization_config": unpack}
     else:
         asked = {"dtype": dtype or "auto", "use_safetensors": True}
-    with _said_our_way(model, "model"), _gguf_read_once():
+    with _said_our_way(model, "model"), gguf_read_once():
         loaded, report = AutoModelForCausalLM.from_pretrained(
             place.folder, output_loading_info=True, **asked, **place.options()
         )
@@ -146,22 +140,28 @@ def load_base(folder: Path, device: torch.device | str = "cpu") -> PreTrainedMod
     Raises:
         ArtifactError: The checkpoint cannot be read or is incomplete.
     """
-    with _said_as_artifact(folder):
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            folder / "model",
-            dtype="auto",
-            device_map={"": torch.device(device)},
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    if absent := _absent_weights(report):
-        raise ArtifactError(f"The base in {folder} lacks {len(absent)} weights: {absent[0]!r}, ...")
-    _forbid_repacking(loaded)
+    loaded = _load_saved(folder, device, "auto")
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if getattr(loaded, "is_loaded_in_8bit", False):
         logging.getLogger(_INT8_LOGGER).setLevel(logging.ERROR)
-    return loaded.requires_grad_(False).eval()
+    return loaded
+
+
+def load_merged(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Return a stand-alone model on ``device``: frozen, in eval mode.
+
+    Args:
+        folder: Files of a MergedModel artefact; the checkpoint lies in its `model/`.
+        device: Where its weights shall lie; on a CPU they become float32, which holds 16-bit
+            weights exactly and multiplies fast.
+
+    Raises:
+        ArtifactError: The checkpoint cannot be read or is incomplete.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    return _load_saved(folder, device, torch.float32 if on_cpu else "auto")
 
 
 def load_saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -172,55 +172,31 @@ def load_saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     with _said_as_artifact(folder):
         return AutoTokenizer.from_pretrained(
-            folder / "model", local_files_only=True, trust_remote_code=False
+            folder / "model",
+            local_files_only=True,
+            trust_remote_code=any((folder / "model").glob("*.py")),
         )
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings inside, and put them back after.
-
-    All of that is global, as is the default dtype that transformers sets while it loads; so one
-    thread at a time is inside.
-    """
-    with _ALONE, warnings.catch_warnings(), _swapped(gguf_loader, "tqdm", _log.tqdm):
-        # (that bar alone is out of reach of transformers' own switch)
-        bars, verbosity = _log.is_progress_bar_enabled(), _log.get_verbosity()
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT uses names transformers will drop
-        _log.set_verbosity(logging.ERROR)
-        _log.disable_progress_bar()
-        try:
-            yield
-        finally:
-            _log.set_verbosity(verbosity)
-            if bars:
-                _log.enable_progress_bar()
-
-
-@contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """Keep transformers from reading a GGUF's header, and naming its tensors, again and again.
-
-    It does so for the configuration, for the weights and once for each module: 8 of 14 s for
-    SmolLM2.
-    """
-    with (
-        _ALONE,
-        _swapped(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
-        _swapped(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
-    ):
-        yield
-
-
-@contextmanager
-def _swapped(module: ModuleType, name: str, value: object) -> Iterator[None]:
-    """Give a module's attribute another value inside; callers hold `_ALONE`."""
-    kept = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, kept)
+def _load_saved(
+    folder: Path, device: torch.device | str, dtype: torch.dtype | str
+) -> PreTrainedModel:
+    """Load a checkpoint that a stage saved; it brings code only where the recipe trusted that."""
+    place = folder / "model"
+    with _said_as_artifact(folder):
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=dtype,
+            device_map={"": torch.device(device)},
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=any(place.glob("*.py")),
+            output_loading_info=True,
+        )
+    if absent := _absent_weights(report):
+        raise ArtifactError(f"{place} lacks {len(absent)} weights, the first {absent[0]!r}.")
+    frozen: PreTrainedModel = loaded.requires_grad_(False).eval()
+    return frozen
 
 
 def _fetch(model: ModelConfig, source: Source, *, with_weights: bool) -> _Place:
@@ -311,9 +287,3 @@ def _plain(loaded: PreTrainedModel) -> PreTrainedModel:
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config
     return loaded
-
-
-def _forbid_repacking(loaded: PreTrainedModel) -> None:
-    for module in loaded.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 from transformers import logging as transformers_logging
@@ -16,6 +17,7 @@ from qlora_core.modeling.loading import (
     UNLIMITED_CONTEXT,
     context_length,
     load_base,
+    load_merged,
     load_original,
     load_saved_tokenizer,
     load_tokenizer,
@@ -102,6 +104,37 @@ def test_code_that_comes_with_a_model_is_refused_and_not_run(copy, tmp_path):
     with pytest.raises(ModelError, match="auto_map"):
         context_length(*named(copy))
     assert not (tmp_path / "canary").exists()
+
+
+def test_trusted_code_is_run_for_the_original_and_for_the_base_made_from_it(
+    copy, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    (copy / "modeling_mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
+    )
+    code = {"AutoConfig": "MineConfig", "AutoModelForCausalLM": "MineForCausalLM"}
+    auto_map = {name: f"modeling_mine.{cls}" for name, cls in code.items()}
+    edited(copy / "config.json", model_type="mine", architectures=[], auto_map=auto_map)
+    trusting = ModelConfig(source=str(copy), trust_remote_code=True, revision="abc")
+
+    original = load_original(trusting, find_source(str(copy)), torch.float32)
+    original.save_pretrained(tmp_path / "base" / "model")
+    base = load_base(tmp_path / "base")
+
+    assert type(original).__name__ == type(base).__name__ == "MineForCausalLM"
+
+
+def test_a_merged_model_is_float32_on_a_cpu_and_frozen(tiny_llama, tmp_path):
+    load_original(*named(tiny_llama), torch.bfloat16).save_pretrained(tmp_path / "model")
+
+    merged = load_merged(tmp_path)
+
+    assert merged.dtype is torch.float32
+    assert not any(parameter.requires_grad for parameter in merged.parameters())
 
 
 def test_code_that_comes_with_a_tokenizer_is_refused(copy):
