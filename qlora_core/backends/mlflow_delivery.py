@@ -3,9 +3,7 @@
 MLflow keeps a point that is sent twice with another time as two points, and an answer that got lost
 leaves the sender not knowing. So: the first value of a (metric, step) wins; before sending to a run
 that was used before, or after any failure, the server is asked which steps it has; and before a run
-ends, its points are compared with the journal and what is missing is sent again. The run's id is on
-the disk as soon as it exists, and the run carries the journal's id as a tag, so that a process that
-died between the two does not leave a second run behind.
+ends, its points are compared with the journal and what is missing is sent again.
 
 What MLflow cannot take is not dropped in silence: infinities (it would store 1.8e308) become tags
 `nonfinite.<metric>`, a parameter that changed on resume becomes a tag `changed.<param>`, and what
@@ -16,15 +14,10 @@ import itertools
 import json
 import math
 import re
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from qlora_core.artifacts import Frozen
 from qlora_core.backends.journal import (
     DatasetRecord,
     EndRecord,
@@ -36,17 +29,16 @@ from qlora_core.backends.journal import (
     ParamsRecord,
     StartRecord,
     TagsRecord,
-    replace_file,
 )
-from qlora_core.backends.mlflow_client import (
-    connect,
-    find_experiment,
-    is_absent,
-    is_refused,
-    mask_credentials,
+from qlora_core.backends.mlflow_client import connect, is_refused, mask_credentials
+from qlora_core.backends.mlflow_run import (
+    Destination,
+    create_run,
+    find_run,
+    load_destination,
+    save_destination,
 )
 
-JOURNAL_TAG = "qlora.journal"
 _DIGEST_CHARS = 36  # mlflow.utils.validation.MAX_DATASET_DIGEST_SIZE
 _VALUE_CHARS = 6000  # ... MAX_PARAM_VAL_LENGTH
 _MOST = {"metrics": 1000, "params": 100, "tags": 100}  # of one log_batch
@@ -55,41 +47,6 @@ _FORBIDDEN = re.compile(r"[^\w\-. :/]")
 
 PointKey = tuple[str, int]
 """Metric and step."""
-
-
-class Destination(Frozen):
-    """Which MLflow run a journal belongs to; kept beside the journal for its successors."""
-
-    tracking_uri: str
-    """Credentials in it are masked on the disk."""
-    experiment: str
-    run_name: str
-    tags: dict[str, str]
-    artifact_location: str | None
-    journal_id: str
-    created_s: float
-    """When the run began, Unix time."""
-    run_id: str | None = None
-
-
-def save_destination(folder: Path, destination: Destination) -> None:
-    """Keep ``destination`` beside the journal, without passwords."""
-    masked = mask_credentials(destination.tracking_uri)
-    text = destination.model_copy(update={"tracking_uri": masked}).model_dump_json(indent=2)
-    replace_file(folder / "destination.json", text)
-
-
-def load_destination(folder: Path) -> Destination | None:
-    """Return what an earlier process kept, or None."""
-    try:
-        return Destination.model_validate_json((folder / "destination.json").read_text())
-    except (FileNotFoundError, ValidationError):
-        return None
-
-
-def new_journal_id() -> str:
-    """Return an id that no other journal has."""
-    return uuid.uuid4().hex
 
 
 @dataclass
@@ -154,52 +111,15 @@ class Delivery:
         if kept and kept.run_id:  # perhaps made by a predecessor that was still dying
             self.destination = self.destination.model_copy(update={"run_id": kept.run_id})
         client = connect(self.destination.tracking_uri)
-        run = self._existing_run(client)
+        run = find_run(client, self.destination)
         if run is None:
-            run = self._create_run(client)
-            self.journal.acknowledge(0)  # this server has nothing yet, whatever another had
+            self.journal.acknowledge(0)  # a new run has nothing yet, whatever another had
+            run = create_run(client, self.destination)
+        self._keep(run.info.run_id)
         self._client = client
         self._params = dict(run.data.params)
         self._page, self._waiting = None, []
         self._sent, self._asked, self._infinite = set(), set(), {}
-
-    def _existing_run(self, client: Any) -> Any:
-        from mlflow.exceptions import MlflowException
-
-        run_id = self.destination.run_id or self._run_of_a_dead_process(client)
-        if run_id is None:
-            return None
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            if is_absent(error):
-                return None
-            raise
-        if run.info.lifecycle_stage == "deleted":
-            return None
-        self._keep(run.info.run_id)
-        return run
-
-    def _run_of_a_dead_process(self, client: Any) -> str | None:
-        experiment_id = self._experiment(client)
-        wanted = f"tags.`{JOURNAL_TAG}` = '{self.destination.journal_id}'"
-        found = client.search_runs([experiment_id], filter_string=wanted, max_results=1)
-        return str(found[0].info.run_id) if found else None
-
-    def _create_run(self, client: Any) -> Any:
-        run = client.create_run(
-            self._experiment(client),
-            start_time=int(self.destination.created_s * 1000),
-            tags=self.destination.tags | {JOURNAL_TAG: self.destination.journal_id},
-            run_name=self.destination.run_name,
-        )
-        self._keep(run.info.run_id)
-        return run
-
-    def _experiment(self, client: Any) -> str:
-        return find_experiment(
-            client, self.destination.experiment, self.destination.artifact_location
-        )
 
     def _keep(self, run_id: str) -> None:
         if run_id != self.destination.run_id:

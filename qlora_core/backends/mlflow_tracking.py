@@ -18,7 +18,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from qlora_core.artifacts import Frozen
 from qlora_core.backends.journal import (
     DatasetRecord,
     EndRecord,
@@ -31,58 +30,19 @@ from qlora_core.backends.journal import (
     StartRecord,
     TagsRecord,
 )
-from qlora_core.backends.mlflow_client import (
-    MASK,
-    connect,
-    local_place,
-    mask_credentials,
-    source_tags,
-)
-from qlora_core.backends.mlflow_delivery import (
-    Delivery,
-    Destination,
-    load_destination,
-    new_journal_id,
-    save_destination,
-)
+from qlora_core.backends.mlflow_client import connect, local_place, mask_credentials, source_tags
+from qlora_core.backends.mlflow_delivery import Delivery
+from qlora_core.backends.mlflow_replay import BUSY, TrackingReport, replay, report_of, waiting
+from qlora_core.backends.mlflow_run import Destination, continued, new_journal_id
 from qlora_core.backends.system_metrics import sample_system
-from qlora_core.errors import ArtifactError, UserError, storage_error
+from qlora_core.errors import storage_error
+
+__all__ = ["MlflowTracker", "TrackingReport", "flatten", "replay", "try_out", "waiting"]
 
 _SEND_EVERY_S = 1.0
 _SAMPLE_EVERY_S = 10.0
 _LONGEST_PAUSE_S = 30.0
 _LAST_TRIES = 2
-_BUSY = "another process is sending this journal"
-
-
-class TrackingReport(Frozen):
-    """What became of everything that was logged."""
-
-    run_id: str | None
-    folder: Path
-    num_waiting: int
-    """Entries on the disk that no server has yet."""
-    num_refused: int
-    """Entries that MLflow will never take."""
-    num_lost: int
-    """Entries that could not even be written to the disk."""
-    reason: str
-    """The last thing that went wrong."""
-
-    def is_complete(self) -> bool:
-        """Say whether MLflow has everything."""
-        return not (self.num_waiting or self.num_refused or self.num_lost)
-
-    def sentence(self) -> str:
-        """Return one line for a person; empty when MLflow has everything."""
-        parts = []
-        if self.num_waiting:
-            parts.append(f"{self.num_waiting} tracking entries wait in {self.folder}")
-        if self.num_refused:
-            parts.append(f"MLflow refused {self.num_refused} tracking entries")
-        if self.num_lost:
-            parts.append(f"{self.num_lost} tracking entries could not be written")
-        return "; ".join(parts) + (f" ({self.reason})" if parts and self.reason else "")
 
 
 class MlflowTracker:
@@ -117,7 +77,7 @@ class MlflowTracker:
         clean = {name: mask_credentials(text) for name, text in wanted.items()}
         try:
             self._journal = Journal(journal_folder)
-            destination = _continued(
+            destination = continued(
                 journal_folder,
                 Destination(
                     tracking_uri=tracking_uri,
@@ -203,7 +163,7 @@ class MlflowTracker:
             self._append(EndRecord(status=status))
             self._closing.set()
         self._thread.join(timeout_s)
-        return _report(self._delivery, self._num_lost, self._reason)
+        return report_of(self._delivery, self._num_lost, self._reason)
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -222,7 +182,7 @@ class MlflowTracker:
             with self._journal.sending() as alone:
                 if alone:
                     return self._send_until_closed()
-            self._reason = _BUSY
+            self._reason = BUSY
             if self._closing.wait(_SEND_EVERY_S):
                 return None
 
@@ -260,37 +220,6 @@ class MlflowTracker:
         self.log_metrics(sample_system(), step=int(time.time() - created_s))
 
 
-def replay(journal_folder: Path, tracking_uri: str | None = None) -> TrackingReport:
-    """Send what an earlier process could not; a run that never ended is ended as `KILLED`.
-
-    Args:
-        journal_folder: Of the run.
-        tracking_uri: Where to, if not where the run wanted it.
-
-    Raises:
-        ArtifactError: There is no journal in that folder.
-        UserError: The address needs credentials, which are not kept on the disk.
-    """
-    delivery = Delivery(Journal(journal_folder), _destination(journal_folder, tracking_uri))
-    with delivery.journal.sending() as alone:
-        if not alone:
-            return _report(delivery, 0, _BUSY)
-        reason = ""
-        try:
-            _end_if_dead(delivery.journal)
-            if delivery.num_waiting():
-                delivery.deliver()
-        except Exception as error:  # any outage: what waits, waits on
-            reason = mask_credentials(f"{type(error).__name__}: {error}")[:500]
-        return _report(delivery, 0, reason)
-
-
-def waiting(root: Path) -> list[Path]:
-    """Return the journal folders below ``root`` with entries that no server has yet."""
-    folders = sorted(path.parent for path in root.rglob("journal.jsonl"))
-    return [folder for folder in folders if Journal(folder).num_waiting() > 0]
-
-
 def flatten(config: BaseModel) -> dict[str, str | int | float | bool]:
     """Return a nested config as parameters: `{"training.learning_rate": 0.0002, ...}`.
 
@@ -309,54 +238,6 @@ def _flatten(value: Any, name: str, flat: dict[str, str | int | float | bool]) -
         flat[name] = json.dumps(value, ensure_ascii=False)
     else:
         flat[name] = "none" if value is None else value
-
-
-def _continued(folder: Path, wanted: Destination) -> Destination:
-    """Return ``wanted`` as the continuation of what an earlier process left in ``folder``."""
-    kept = load_destination(folder)
-    if kept is not None:
-        same_server = kept.tracking_uri == mask_credentials(wanted.tracking_uri)
-        run_id = kept.run_id if same_server and kept.run_id else wanted.run_id
-        update = {"journal_id": kept.journal_id, "created_s": kept.created_s, "run_id": run_id}
-        wanted = wanted.model_copy(update=update)
-    save_destination(folder, wanted)
-    return wanted
-
-
-def _destination(folder: Path, tracking_uri: str | None) -> Destination:
-    kept = load_destination(folder)
-    if kept is None:
-        raise ArtifactError(
-            f"{folder} holds no tracking journal.", fix="Give the journal folder of a run."
-        )
-    if tracking_uri is not None:
-        return _continued(folder, kept.model_copy(update={"tracking_uri": tracking_uri}))
-    if MASK in kept.tracking_uri:
-        raise UserError(
-            f"{folder} was tracked at {kept.tracking_uri}, whose password is not kept on the disk.",
-            fix="Give the tracking URI again, or use MLFLOW_TRACKING_USERNAME and _PASSWORD.",
-        )
-    return kept
-
-
-def _end_if_dead(journal: Journal) -> None:
-    records = [entry.record for entry in journal.read().entries]
-    turns = [record for record in records if isinstance(record, StartRecord | EndRecord)]
-    if turns and isinstance(turns[-1], StartRecord):
-        journal.append(EndRecord(status="KILLED"))
-
-
-def _report(delivery: Delivery, num_lost: int, reason: str) -> TrackingReport:
-    num_waiting = delivery.num_waiting()
-    trouble = reason if num_waiting or num_lost else ""
-    return TrackingReport(
-        run_id=delivery.run_id,
-        folder=delivery.journal.folder,
-        num_waiting=num_waiting,
-        num_refused=delivery.num_refused,
-        num_lost=num_lost,
-        reason=trouble or delivery.refusal,
-    )
 
 
 def try_out(folder: Path) -> str:

@@ -1,5 +1,6 @@
 """A fresh MLflow in a folder, without paying for its migrations (5 s) every time."""
 
+import atexit
 import functools
 import shutil
 import tempfile
@@ -18,5 +19,6 @@ def fresh_place(folder: Path) -> Place:
 @functools.cache
 def _migrated_database() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="mlflow-template-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     connect(local_place(folder).tracking_uri).search_experiments()
     return folder / "mlflow.db"
