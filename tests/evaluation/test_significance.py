@@ -14,21 +14,6 @@ from qlora_core.evaluation.significance import compare_metrics, compare_reports,
 from qlora_core.evaluation.table import side_by_side
 
 WORDS = "the a pub near river cheap food serves French it is place city centre".split()  # noqa: SIM905
-    "the",
-    "a",
-    "pub",
-    "near",
-    "river",
-    "cheap",
-    "food",
-    "serves",
-    "French",
-    "it",
-    "is",
-    "place",
-    "city",
-    "centre",
-]
 
 
 def scored(scores, name="judge") -> Records:
