@@ -19,15 +19,12 @@ from uuid import uuid4
 
 import qlora_core
 from qlora_core.backends import process_session
+from qlora_core.backends.ray_resources import local_cpus, share_out
 from qlora_core.backends.ray_worker import RaySpec, train_on_worker
-from qlora_core.config import ClusterConfig
-from qlora_core.errors import LaunchError, QLoraError, ResourceError
+from qlora_core.errors import LaunchError, QLoraError
 
 OBJECT_STORE_BYTES = 80_000_000
 """Nothing big goes through Ray's object store; 75 MiB is the least it takes."""
-
-Node = dict[str, float]
-"""The resources of one node by Ray's names: CPU, GPU, ..."""
 
 
 def main() -> None:
@@ -56,7 +53,7 @@ def _run(spec: RaySpec) -> None:
     _connect(spec)
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus, gpus = share_out(spec, nodes)
+        cpus, gpus = share_out(spec.cluster, nodes)
         _fit(spec.model_copy(update={"cpus_per_worker": cpus}), gpus)
     finally:
         ray.shutdown()
@@ -69,7 +66,7 @@ def _connect(spec: RaySpec) -> None:
     if spec.cluster.address is None:
         settings |= {
             "address": "local",
-            "num_cpus": _local_cpus(spec.cluster),
+            "num_cpus": local_cpus(spec.cluster),
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": str(spec.temp),
@@ -90,53 +87,10 @@ def _connect(spec: RaySpec) -> None:
         ) from error
 
 
-def _local_cpus(cluster: ClusterConfig) -> int:
-    """Return the CPUs a Ray of our own counts: more workers than cores share them, unless told."""
-    is_told = cluster.cpus_per_worker is not None
-    return own_cores() if is_told else max(own_cores(), cluster.workers)
-
-
 def worker_environment() -> dict[str, str]:
     """Return the variables every worker needs."""
     wanted = {name: os.environ[name] for name in ("HF_HUB_OFFLINE",) if name in os.environ}
     return wanted | {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def own_cores() -> int:
-    """Return the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def share_out(spec: RaySpec, nodes: list[Node]) -> tuple[int, float]:
-    """Return (cpus, gpus) of each worker.
-
-    Raises:
-        ResourceError: The nodes cannot hold so many workers of that size. Ray would wait for ever.
-    """
-    cluster = spec.cluster
-    has_gpus = any(node.get("GPU", 0) for node in nodes)
-    gpus = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(has_gpus)
-    most = int(max((node.get("CPU", 0) for node in nodes), default=0))
-    wanted = [cluster.cpus_per_worker] if cluster.cpus_per_worker else range(most, 0, -1)
-    for cpus in wanted:
-        if _places(nodes, cpus, gpus) >= cluster.workers:
-            return cpus, gpus
-    cpus = cluster.cpus_per_worker or 1
-    there = ", ".join(f"{n.get('CPU', 0):g} CPU and {n.get('GPU', 0):g} GPU" for n in nodes)
-    raise ResourceError(
-        f"cluster.workers={cluster.workers} with {cpus} CPU and {gpus:g} GPU each do not fit: "
-        f"there is room for {_places(nodes, cpus, gpus)}.",
-        why=f"The nodes have: {there or 'nothing'}.",
-        fix=f"Try cluster.workers={max(1, _places(nodes, cpus, gpus))} or smaller workers.",
-    )
-
-
-def _places(nodes: list[Node], cpus: int, gpus: float) -> int:
-    by_cpu = [int(node.get("CPU", 0) // cpus) for node in nodes]
-    if not gpus:
-        return sum(by_cpu)
-    by_gpu = [int(node.get("GPU", 0) // gpus) for node in nodes]
-    return sum(min(pair) for pair in zip(by_cpu, by_gpu, strict=True))
 
 
 def _fit(spec: RaySpec, gpus: float) -> None:

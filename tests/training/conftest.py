@@ -49,13 +49,18 @@ def write_base(folder: Path, tiny: Path, *, is_nf4: bool) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def one_thread():
     """Tiny products are quicker on one thread, above all on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _always_one_thread(one_thread):
+    """Here, for every test."""
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +93,7 @@ def make_job(nf4_base: Path, dataset: Path, tmp_path: Path):
     """Make a job of 6 steps; keywords replace training settings, a name keeps jobs apart."""
 
     def make(
-        name: str = "job", *, dropout: float = 0.0, seed: int = 3, **training: Any
+        name: str = "job", *, dropout: float = 0.0, rank: int = 4, **training: Any
     ) -> TrainJob:
         folder = tmp_path / name
         (folder / "out").mkdir(parents=True, exist_ok=True)

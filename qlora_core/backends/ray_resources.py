@@ -1,0 +1,59 @@
+"""What workers need against what nodes have, compared first: Ray itself would wait for ever.
+
+No Ray in here: a node is the plain dict of resources that Ray reports for it.
+"""
+
+import os
+
+from qlora_core.config import ClusterConfig
+from qlora_core.errors import ResourceError
+
+Node = dict[str, float]
+"""The resources of one node by Ray's names: CPU, GPU, ..."""
+
+
+def own_cores() -> int:
+    """Return the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_cpus(cluster: ClusterConfig) -> int:
+    """Return the CPUs a Ray of our own counts: more workers than cores share them, unless told."""
+    is_told = cluster.cpus_per_worker is not None
+    return own_cores() if is_told else max(own_cores(), cluster.workers)
+
+
+def share_out(cluster: ClusterConfig, nodes: list[Node]) -> tuple[int, float]:
+    """Return (cpus, gpus) of each worker: what was asked for, else as many CPUs as fit.
+
+    Raises:
+        ResourceError: The nodes cannot hold so many workers of that size.
+    """
+    has_gpus = any(node.get("GPU", 0) for node in nodes)
+    gpus = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(has_gpus)
+    most = int(max((node.get("CPU", 0) for node in nodes), default=0))
+    wanted = [cluster.cpus_per_worker] if cluster.cpus_per_worker else range(most, 0, -1)
+    for cpus in wanted:
+        if _places(nodes, cpus, gpus) >= cluster.workers:
+            return cpus, gpus
+    raise _too_little(cluster, nodes, cluster.cpus_per_worker or 1, gpus)
+
+
+def _too_little(cluster: ClusterConfig, nodes: list[Node], cpus: int, gpus: float) -> ResourceError:
+    places = _places(nodes, cpus, gpus)
+    there = ", ".join(f"{n.get('CPU', 0):g} CPU and {n.get('GPU', 0):g} GPU" for n in nodes)
+    fewer = f"Try cluster.workers={places}, or" if places else "Try"
+    return ResourceError(
+        f"cluster.workers={cluster.workers} with {cpus} CPU and {gpus:g} GPU each do not fit: "
+        f"there is room for {places}.",
+        why=f"The nodes have: {there or 'nothing'}.",
+        fix=f"{fewer} smaller workers (cluster.cpus_per_worker, cluster.gpus_per_worker).",
+    )
+
+
+def _places(nodes: list[Node], cpus: int, gpus: float) -> int:
+    by_cpu = [int(node.get("CPU", 0) // cpus) for node in nodes]
+    if not gpus:
+        return sum(by_cpu)
+    by_gpu = [int(node.get("GPU", 0) // gpus) for node in nodes]
+    return sum(min(pair) for pair in zip(by_cpu, by_gpu, strict=True))

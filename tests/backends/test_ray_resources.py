@@ -1,0 +1,47 @@
+import pytest
+
+from qlora_core.backends.ray_resources import share_out
+from qlora_core.config import ClusterConfig
+from qlora_core.errors import ResourceError
+
+TWO_SMALL = [{"CPU": 3.0}, {"CPU": 3.0}]
+GPU_NODE = [{"CPU": 16.0, "GPU": 4.0}]
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "expected"),
+    [
+        (1, TWO_SMALL, (3, 0.0)),
+        (2, TWO_SMALL, (3, 0.0)),
+        (4, TWO_SMALL, (1, 0.0)),
+        (4, GPU_NODE, (4, 1.0)),
+        (3, GPU_NODE, (5, 1.0)),
+    ],
+)
+def test_workers_share_out_what_the_nodes_have(workers, nodes, expected):
+    assert share_out(ClusterConfig(workers=workers), nodes) == expected
+
+
+def test_what_is_asked_for_is_given():
+    cluster = ClusterConfig(workers=2, cpus_per_worker=2, gpus_per_worker=0.5)
+
+    assert share_out(cluster, GPU_NODE) == (2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "nodes", "room"),
+    [
+        (ClusterConfig(workers=7), TWO_SMALL, 6),
+        (ClusterConfig(workers=3, cpus_per_worker=2), TWO_SMALL, 2),
+        (ClusterConfig(workers=1, cpus_per_worker=4), TWO_SMALL, 0),
+        (ClusterConfig(workers=5), GPU_NODE, 4),
+        (ClusterConfig(workers=1, gpus_per_worker=1), TWO_SMALL, 0),
+        (ClusterConfig(workers=1), [], 0),
+    ],
+)
+def test_too_little_is_said_before_anything_waits(cluster, nodes, room):
+    with pytest.raises(ResourceError) as caught:
+        share_out(cluster, nodes)
+
+    assert f"cluster.workers={cluster.workers}" in caught.value.what
+    assert f"room for {room}." in caught.value.what

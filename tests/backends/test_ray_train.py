@@ -1,0 +1,175 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from qlora_core.backends import process_session
+from qlora_core.backends.in_process import InProcessLauncher
+from qlora_core.backends.ray_train import RayTrainLauncher
+from qlora_core.config import ClusterConfig, SnapshotConfig
+from qlora_core.errors import ResourceError, TrainingError
+from qlora_core.ports import StepMetrics, TrainJob
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SNAPSHOTS = SnapshotConfig(every_steps=5)
+
+
+def ours() -> list[psutil.Process]:
+    """Everything that this test's launcher started."""
+    return psutil.Process().children(recursive=True)
+
+
+def train_on_ray(job: TrainJob, on_step=lambda _: None, **cluster) -> tuple[list[StepMetrics], str]:
+    told, said = [], []
+
+    def hear(metrics: StepMetrics) -> None:
+        told.append(metrics)
+        on_step(metrics)
+
+    RayTrainLauncher(ClusterConfig(**cluster), SNAPSHOTS, said.append).train(job, hear)
+    return told, "\n".join(said)
+
+
+def train_here(job: TrainJob) -> list[StepMetrics]:
+    told: list[StepMetrics] = []
+    InProcessLauncher(SNAPSHOTS).train(job, told.append)
+    return told
+
+
+def losses(steps: list[StepMetrics]) -> list[float]:
+    return [step.loss for step in steps]
+
+
+@pytest.mark.ray
+def test_a_killed_worker_is_replaced_and_two_workers_equal_one(make_job):
+    alone = train_here(make_job("alone", epochs=12, heldout_every=None))
+    killed = []
+
+    def kill_a_worker(metrics: StepMetrics) -> None:
+        if metrics.step == 7:
+            workers = [p for p in ours() if "RayTrainWorker" in " ".join(p.cmdline())]
+            killed.append(workers[-1].pid)
+            workers[-1].kill()
+
+    job = make_job("ray", epochs=12, heldout_every=None)
+    steps, said = train_on_ray(job, kill_a_worker, workers=2)
+
+    assert len(killed) == 1
+    assert [step.step for step in steps] == list(range(1, len(alone) + 1))
+    assert losses(steps) == pytest.approx(losses(alone), rel=1e-4)
+    assert "went on after step" in said
+    assert ours() == []
+
+
+@pytest.mark.ray
+def test_a_lost_driver_is_started_again(make_job):
+    alone = train_here(make_job("alone", epochs=12))
+
+    def kill_the_head(metrics: StepMetrics) -> None:
+        if metrics.step == 7:
+            next(p for p in ours() if "ray_driver" in " ".join(p.cmdline())).kill()
+
+    steps, said = train_on_ray(make_job("ray", epochs=12), kill_the_head, workers=1)
+
+    assert losses(steps) == losses(alone)
+    assert "driver process was lost" in said
+    assert ours() == []
+
+
+@pytest.mark.ray
+def test_an_error_of_a_worker_arrives_as_what_it_is_and_is_not_retried(make_job):
+    job = make_job(learning_rate=1e30, warmup=0.0)
+
+    with pytest.raises(TrainingError, match="at step"):
+        train_on_ray(job, workers=1)
+
+    assert (job.scratch / "ray.log").is_file()
+    assert ours() == []
+
+
+@pytest.mark.ray
+def test_nothing_is_left_when_the_launcher_is_killed(make_job, tmp_path):
+    job = make_job(epochs=4000, heldout_every=None)
+    (tmp_path / "job.json").write_text(job.model_dump_json())
+    script = (
+        "import sys; from pathlib import Path; from qlora_core.ports import TrainJob\n"
+        "from qlora_core.config import *; from qlora_core.backends.ray_train import *\n"
+        "job = TrainJob.model_validate_json(Path(sys.argv[1]).read_text())\n"
+        "RayTrainLauncher(ClusterConfig(), SnapshotConfig(), print).train(job, lambda _: None)\n"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "job.json")])
+    session = None
+    while session is None or not (job.scratch / "journal.jsonl").exists():
+        assert launcher.poll() is None
+        time.sleep(0.2)
+        drivers = [p for p in ours() if "ray_driver" in " ".join(p.cmdline())]
+        session = drivers[0].pid if drivers else None
+
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and list(process_session.members(session)):
+        time.sleep(0.2)
+    assert list(process_session.members(session)) == []
+
+
+@contextmanager
+def ray_head(port: int):
+    """A Ray of somebody else's, with one CPU; it leaves with all its processes."""
+    temp = tempfile.mkdtemp(prefix="rh-", dir="/tmp")
+    options = ["--head", f"--port={port}", "--num-cpus=1", "--include-dashboard=false", "--block"]
+    options += [f"--temp-dir={temp}", "--object-store-memory=80000000"]
+    ray = Path(sys.executable).with_name("ray")
+    with (Path(temp) / "head.log").open("wb") as log:
+        head = subprocess.Popen(
+            [ray, "start", *options], start_new_session=True, stdout=log, stderr=log
+        )
+    try:
+        yield
+    finally:
+        process_session.end(head.pid, patience_s=5.0)
+        head.wait()
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+@pytest.mark.ray
+def test_a_running_ray_is_used_where_an_address_is_given(make_job, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
+    alone = train_here(make_job("alone"))
+
+    with ray_head(port=26379):
+        steps, _ = train_on_ray(make_job("ray"), workers=1, address="127.0.0.1:26379")
+
+    assert losses(steps) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_more_cores_than_the_machine_has_are_refused_at_once(make_job):
+    with pytest.raises(ResourceError, match="do not fit"):
+        train_on_ray(make_job(), workers=1, cpus_per_worker=100_000)
+
+
+def test_a_session_is_ended_with_what_moved_into_other_groups():
+    script = (
+        "import os, subprocess, sys, time\n"
+        "sleep = [sys.executable, '-c', 'import signal, time;"
+        " signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)']\n"
+        "subprocess.Popen(sleep, process_group=0)\n"
+        "print('up', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], start_new_session=True, stdout=subprocess.PIPE
+    )
+    child.stdout.readline()
+    assert len(list(process_session.members(child.pid))) == 2
+
+    process_session.end(child.pid, patience_s=1.0)
+
+    assert list(process_session.members(child.pid)) == []
+    child.wait()
