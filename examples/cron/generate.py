@@ -1,6 +1,6 @@
 """Write requests in plain English with the cron expression each one asks for.
 
-    python examples/cron/generate.py --out DIR --seed 0 --train-rows 1600 --heldout-rows 200
+    python examples/cron/generate.py --out DIR --seed 0 --train-rows 1500 --heldout-rows 200
 
 A row is *when in the day* x *on which days*, each drawn with one of its phrasings, so a
 held-out expression is a new combination of parts the training rows show separately. The two
@@ -12,10 +12,11 @@ A request has one right schedule, by these reading rules:
 - Minutes are counted from the full hour, hours from midnight: "every 4 hours" is `0 */4`.
 - "midnight" comes only with every day: on a named day nobody knows which end is meant.
 - Day of month and day of week are never both given: cron would join them by "or".
-- A span is closed: "every 10 minutes from 9:00 am to 5:50 pm" names its first and last run.
+- A span is closed: "hourly from 9:00 am to 5:00 pm" names its first and last run.
 - A date comes back every year.
-In an expression Sunday is 0, lists ascend, and three or more days in a row are a range only
-where the request says so.
+In an expression Sunday is 0 and lists ascend. SmolLM2 has a token for each digit and none for
+numbers, so minutes and days of the month are copied from the request, digit by digit; what has
+to be learnt is the order of the fields, the hours after noon and the numbers of names.
 """
 
 import argparse
@@ -143,8 +144,7 @@ def draw_hour(rng: random.Random) -> int:
 
 def draw_minute(rng: random.Random) -> int:
     """Draw a minute as people choose them: mostly round ones."""
-    round_ones = [(3, 0), (2, 30), (1, 15), (1, 45)]
-    return pick(rng, [*round_ones, (3, rng.randrange(60))])
+    return pick(rng, [(3, 0), (2, 30), (1, 15), (1, 45), (3, rng.randrange(60))])
 
 
 def at_one_time(rng: random.Random) -> Part:
@@ -173,10 +173,8 @@ def every_hour(rng: random.Random) -> Part:
     words = rng.choice(["hourly", "every hour"])
     if minute == 0:
         return Part(words + rng.choice(["", " on the hour"]), "0 *", True)
-    past = PAST_WORDS.get(minute)
-    return Part(
-        f"{words} at {past} past" if past else f"{words} at minute {minute}", f"{minute} *", True
-    )
+    past = f"{PAST_WORDS[minute]} past" if minute in PAST_WORDS else f"minute {minute}"
+    return Part(f"{words} at {past}", f"{minute} *", True)
 
 
 def hourly_between(rng: random.Random) -> Part:
@@ -191,26 +189,16 @@ def hourly_between(rng: random.Random) -> Part:
 
 
 def ordinal(number: int) -> str:
-    """Return 1st, 2nd, 3rd, 4th, ... 11th, 12th, 13th, ... 21st ..."""
+    """Return 1st, 2nd, 3rd, 4th and so on; 11th to 13th are the odd ones."""
     ending = "th" if 10 < number < 14 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
     return f"{number}{ending}"
 
 
-def listed(names: Sequence[str]) -> str:
-    """Join names as in English: "a and b", "a, b and c"."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-def month_limit(rng: random.Random) -> Part:
-    """Draw no limit for most rows, else a month."""
-    month = rng.randrange(12)
-    return pick(rng, [(7, Part("", "*")), (1, Part(f" in {MONTHS[month]}", f"{month + 1}"))])
-
-
 def weekdays_of(rng: random.Random, ways: Sequence[str], numbers: str) -> Part:
-    """Join a way to name weekdays with the months it holds in."""
-    months = month_limit(rng)
-    return Part(rng.choice(ways) + months.words, f"* {months.fields} {numbers}")
+    """Say weekdays in one of the ways, and now and then the only month they are meant for."""
+    month = rng.randrange(12)
+    limit, field = pick(rng, [(7, ("", "*")), (1, (f" in {MONTHS[month]}", f"{month + 1}"))])
+    return Part(rng.choice(ways) + limit, f"* {field} {numbers}")
 
 
 def any_day(rng: random.Random) -> Part:
@@ -232,9 +220,9 @@ def some_weekdays(rng: random.Random) -> Part:
     """Draw one weekday or two."""
     count = pick(rng, [(5, 1), (3, 2)])
     days = rng.choice(list(combinations(range(7), count)))
-    one, many = listed([DAYS[d] for d in days]), listed([f"{DAYS[d]}s" for d in days])
-    numbers = ",".join(map(str, days))
-    return weekdays_of(rng, [f"every {one}", f"on {many}"], numbers)
+    every = "every " + " and ".join(DAYS[day] for day in days)
+    on = "on " + " and ".join(f"{DAYS[day]}s" for day in days)
+    return weekdays_of(rng, [every, on], ",".join(map(str, days)))
 
 
 def weekday_range(rng: random.Random) -> Part:
@@ -347,7 +335,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the two files")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train-rows", type=int, default=1600)
+    parser.add_argument("--train-rows", type=int, default=1500)
     parser.add_argument("--heldout-rows", type=int, default=200)
     args = parser.parse_args()
     train, heldout = draw_split(args.seed, args.train_rows, args.heldout_rows)
