@@ -219,6 +219,16 @@ def deploy(
 
 
 @app.command()
+def work(
+    limit: Annotated[int | None, typer.Option(min=1, help="Runs at the same time.")] = None,
+) -> None:
+    """Carry out scheduled runs on this machine, until Ctrl-C."""
+    from flows.deploy import work as carry_out
+
+    carry_out(limit)
+
+
+@app.command()
 def sync(store: Annotated[Path | None, typer.Option(help="Folder of the store.")] = None) -> None:
     """Send to MLflow what could not be sent while it was away."""
     from flows.run import sync_runs

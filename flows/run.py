@@ -7,10 +7,10 @@ from rich.markup import escape
 
 from flows.console import progress_on
 from flows.finetune import run_recipe
-from flows.records import RunRecord, load_record, records
+from flows.records import RunRecord, load_record
 from flows.report import addresses, show_record
 from flows.server import server_status
-from qlora_core.backends.mlflow_tracking import replay
+from qlora_core.backends.mlflow_tracking import replay, waiting
 from qlora_core.config import RunConfig
 from tasks import places
 from tasks.wiring import Surroundings
@@ -37,10 +37,9 @@ def run_and_report(config: RunConfig, console: Console) -> RunRecord:
 
 def sync_runs(store: Path, console: Console) -> None:
     """Send what MLflow has not yet, of every run that is not at work."""
-    for record in records(store):
-        if record.state != "running":
-            sent = replay(store / "runs" / record.run_id / "journal")
-            console.print(
-                f"{record.run_id}: {escape(sent.sentence() or 'MLflow has everything')}",
-                highlight=False,
-            )
+    folders = waiting(store / "runs")
+    for folder in folders:
+        left = replay(folder).sentence()
+        console.print(f"{folder.parent.name}: {escape(left or 'sent')}", highlight=False)
+    if not folders:
+        console.print("MLflow has everything.")

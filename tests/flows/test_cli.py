@@ -46,7 +46,18 @@ def test_help_names_every_command_and_imports_nothing_heavy(qlora):
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
 
-    for command in ("run", "plan", "show", "ui", "chat", "doctor", "schema", "deploy", "sync"):
+    for command in (
+        "run",
+        "plan",
+        "show",
+        "ui",
+        "chat",
+        "doctor",
+        "schema",
+        "deploy",
+        "work",
+        "sync",
+    ):
         assert command in done.stdout
     assert "HEAVY []" in done.stdout
 
