@@ -89,6 +89,17 @@ def context_length(model: ModelConfig, source: Source) -> int:
     return context_length_of(config)
 
 
+def load_config(model: ModelConfig, source: Source) -> Any:
+    """Return the model's transformers configuration, without loading its weights.
+
+    Raises:
+        ModelError: The model's configuration cannot be read.
+    """
+    place = _fetch(model, source, with_weights=False)
+    with _said_our_way(model, "configuration"):
+        return AutoConfig.from_pretrained(place.folder, **place.options())
+
+
 def context_length_of(config: Any) -> int:
     """Return how many tokens a model with this transformers configuration can attend to."""
     stated = getattr(config.get_text_config(), "max_position_embeddings", None)

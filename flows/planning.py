@@ -1,0 +1,180 @@
+"""``qlora plan``: look up what the store has, count what is to do, and lay it out.
+
+The keys are asked for through the very tasks that a run executes, with a workspace that looks up
+and never builds; so a plan cannot call something cached that a run would then build.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import psutil
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qlora_core.artifacts import Artifact, Facts, PreparedDataset
+from qlora_core.config import RunConfig
+from qlora_core.modeling.loading import load_config
+from qlora_core.modeling.memory import shape_of
+from qlora_core.plan import Device, Plan, RawSize, Role, plan_run
+from qlora_core.ports import Stage
+from qlora_core.store import Store
+from tasks import places, stages
+from tasks.wiring import Workspace, find_sources, resolved_quantization
+
+P = ParamSpec("P")
+F = TypeVar("F", bound=Facts)
+
+_COUNTED_BYTES = 256 << 20
+_COLORS = {"cached": "cyan", "to run": "green", "unknown": "yellow"}
+_GB = 1e9
+
+
+class _NotThereError(Exception):
+    """The store has not what was looked up."""
+
+
+class _Lookup(Workspace):
+    """A workspace whose stages are looked up and never run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.store = Store(places.store_root(config))
+        self.sources = find_sources(config)
+        self.quantization = resolved_quantization(config)
+
+    def produce(
+        self, role: str, stage: Stage[P, F], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Artifact[F]:
+        """Return the artefact if it is there."""
+        found = self.store.find(stage, self.store.key(stage, *args, **kwargs))
+        if found is None:
+            raise _NotThereError(role)
+        return found
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Return what running this recipe here would do.
+
+    Raises:
+        UserError: The recipe points at something that is not there, or not a causal model.
+    """
+    lookup = _Lookup(config)
+    known = _look_up(lookup)
+    data = known.get("data")
+    model_config = load_config(config.model, lookup.sources.model)
+    return plan_run(
+        config,
+        shape=shape_of(model_config, lookup.quantization, config.adapter),
+        device=_device(lookup),
+        is_cached=lambda role: _is_cached(known, role),
+        prepared=data.facts if data and isinstance(data.facts, PreparedDataset) else None,
+        raw=_raw_size(lookup.sources.dataset.path),
+    )
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """Print a plan."""
+    console.print(_stages(plan))
+    if plan.training:
+        console.print(_training_line(plan), highlight=False)
+    console.print(_memory(plan))
+    for note in plan.notes:
+        console.print(f"[dim]- {escape(note)}[/]", highlight=False)
+
+
+def _look_up(ws: _Lookup) -> dict[Role, Artifact[Any] | None]:
+    """Return each artefact, or None for one that is not there; leave out what has no key yet."""
+    known: dict[Role, Artifact[Any] | None] = {}
+
+    def find(role: Role, task: Callable[..., Any], *needs: Role) -> None:
+        inputs = [known.get(need) for need in needs]
+        if all(inputs):
+            try:
+                known[role] = task(ws, *inputs)
+            except _NotThereError:
+                known[role] = None
+
+    find("data", stages.prepare_dataset.fn)
+    find("base", stages.quantize_base.fn)
+    find("base_report", stages.evaluate_base.fn, "base", "data")
+    find("adapter", stages.train_adapter.fn, "base", "data")
+    find("tuned_report", stages.evaluate_tuned.fn, "base", "data", "adapter")
+    if ws.config.merge.enabled:
+        find("merged", stages.merge_adapter.fn, "base", "adapter", "data")
+        find("merged_report", stages.evaluate_merged.fn, "base", "data", "merged")
+        merging: tuple[Role, ...] = ("merged", "base_report", "tuned_report", "merged_report")
+        find("registered", stages.register_model.fn, "base", "adapter", *merging)
+    return known
+
+
+def _is_cached(known: dict[Role, Artifact[Any] | None], role: Role) -> bool | None:
+    return known[role] is not None if role in known else None
+
+
+def _device(ws: _Lookup) -> Device:
+    dtype = ws.quantization.compute_dtype
+    assert dtype != "auto", "the workspace resolved it"  # noqa: S101
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+        name = torch.cuda.get_device_name()
+        return Device(kind="cuda", name=name, memory_bytes=memory, compute_dtype=dtype)
+    name = f"{os.cpu_count()} CPU cores"
+    memory = psutil.virtual_memory().total
+    return Device(kind="cpu", name=name, memory_bytes=memory, compute_dtype=dtype)
+
+
+def _raw_size(path: Path | None) -> RawSize | None:
+    if path is None or not path.is_file():
+        return None
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        counted = file.read(_COUNTED_BYTES)
+    lines = counted.count(b"\n") * max(1.0, size / max(1, len(counted)))
+    return RawSize(num_bytes=size, num_lines=max(1, round(lines)))
+
+
+def _stages(plan: Plan) -> Table:
+    table = Table(title=f"Plan of {plan.name}", box=box.SIMPLE_HEAD, title_justify="left")
+    for column in ("stage", "state", "why"):
+        table.add_column(column)
+    for stage in plan.stages:
+        state = f"[{_COLORS[stage.state]}]{stage.state}[/]"
+        table.add_row(stage.title, state, escape(stage.why))
+    return table
+
+
+def _training_line(plan: Plan) -> str:
+    size = plan.training
+    assert size is not None, "asked for only when there is one"  # noqa: S101
+    about = "" if size.is_exact else "about "
+    return (
+        f"training: {about}{size.num_rows} rows, {size.num_steps} optimizer steps, "
+        f"{about}{size.num_tokens} tokens ({size.supervised_share:.0%} supervised), "
+        f"longest row {size.longest_row} tokens"
+    )
+
+
+def _memory(plan: Plan) -> Table:
+    device = plan.device
+    caption = f"of {device.memory_bytes / _GB:.1f} GB on {device.name}; activations are estimated"
+    table = Table(
+        title="Memory of one worker [GB]",
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("component")
+    for estimate in plan.memory:
+        table.add_column(estimate.strategy, justify="right")
+    for name, sizes in plan.rows():
+        style = "bold" if name == "total" else ""
+        table.add_row(name, *(f"{size / _GB:.3f}" for size in sizes), style=style)
+    fits = ("[green]yes[/]" if plan.fits(e) else "[red]no[/]" for e in plan.memory)
+    table.add_row("fits", *fits)
+    return table
