@@ -7,6 +7,7 @@ what was not foreseen is written to a file that the message names.
 """
 
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -30,8 +31,18 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
-err = Console(stderr=True)
+_PIPE_COLUMNS = 120  # Rich takes 80 where there is no terminal, too narrow for a comparison
+
+
+def _console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPE_COLUMNS
+    return console
+
+
+out = _console()
+err = _console(stderr=True)
 
 Recipe = Annotated[Path, typer.Argument(metavar="FILE", help="The recipe, a YAML file.")]
 Run = Annotated[
@@ -238,6 +249,8 @@ def sync(store: Annotated[Path | None, typer.Option(help="Folder of the store.")
 
 def main() -> None:
     """Run the command line, and turn errors into a text and an exit code."""
+    # Says on import that a kernel cannot be fetched from a hub, which we never want it to.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app(standalone_mode=True)
     except KeyboardInterrupt:

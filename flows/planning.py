@@ -140,7 +140,7 @@ def _raw_size(path: Path | None) -> RawSize | None:
 
 def _stages(plan: Plan) -> Table:
     table = Table(title=f"Plan of {plan.name}", box=box.SIMPLE_HEAD, title_justify="left")
-    for column in ("stage", "state", "why"):
+    for column in ("stage", "state", ""):
         table.add_column(column)
     for stage in plan.stages:
         state = f"[{_COLORS[stage.state]}]{stage.state}[/]"
