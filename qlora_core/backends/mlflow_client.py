@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_core.artifacts import Frozen
+from qlora_core.backends.mlflow_database import ensure_database
 from qlora_core.errors import LaunchError
 
 PATIENCE = {
@@ -63,7 +64,7 @@ def connect(tracking_uri: str) -> Any:
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
     if tracking_uri.startswith("sqlite:///"):
-        Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        ensure_database(Path(tracking_uri.removeprefix("sqlite:///")))
     from mlflow.tracking.client import MlflowClient
 
     return MlflowClient(tracking_uri=tracking_uri)
