@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qlora_core.data.prepared import Prompt
 from qlora_core.errors import ModelError
+from qlora_core.evaluation.prefix import Prefix, shared_prefix
 from qlora_core.modeling.loading import context_length_of
 
 _MAX_PADDING = 1.5
@@ -63,10 +64,11 @@ def answer_prompts(
     stops = stop_tokens(model, tokenizer)
     context = context_length_of(model.config)
     rooms = [min(max_new_tokens, context - len(prompt.ids) + 1) for prompt in prompts]
+    prefix = shared_prefix(model, [prompt.ids for prompt in prompts])
     answers: dict[int, Answer] = {}
     for batch in _batches([len(prompt.ids) for prompt in prompts], rooms, batch_size):
         with _greedy(model, stops, rooms[batch[0]]):
-            new_BA = _continue(model, [prompts[i].ids for i in batch], stops[0])
+            new_BA = _continue(model, [prompts[i].ids for i in batch], prefix, stops[0])
         for i, ids in zip(batch, new_BA.tolist(), strict=True):
             answers[i] = _answer(tokenizer, ids, stops)
         on_done(len(answers))
@@ -127,13 +129,21 @@ def _batches(lengths: Sequence[int], rooms: Sequence[int], batch_size: int) -> I
 
 
 @torch.inference_mode()
-def _continue(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """Return the (B, A) new tokens; after its stop token a row is filled with ``pad``."""
-    longest = max(map(len, prompts))
-    ids_BP = torch.tensor([[pad] * (longest - len(p)) + [*p] for p in prompts])
-    mask_BP = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+def _continue(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], prefix: Prefix, pad: int
+) -> Tensor:
+    """Return the (B, A) new tokens; after its stop token a row is filled with ``pad``.
+
+    Padding goes between the prefix and the rest: masked, and skipped in counting positions.
+    """
+    longest, start = max(map(len, prompts)), prefix.num_tokens
+    ids_BP = [[*p[:start], *[pad] * (longest - len(p)), *p[start:]] for p in prompts]
+    mask_BP = [[1] * start + [0] * (longest - len(p)) + [1] * (len(p) - start) for p in prompts]
+    cache = prefix.cache(len(prompts))
     all_BT: Tensor = model.generate(
-        input_ids=ids_BP.to(model.device), attention_mask=mask_BP.to(model.device)
+        input_ids=torch.tensor(ids_BP, device=model.device),
+        attention_mask=torch.tensor(mask_BP, device=model.device),
+        **({} if cache is None else {"past_key_values": cache}),
     )
     return all_BT[:, longest:]
 

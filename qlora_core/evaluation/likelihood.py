@@ -22,8 +22,10 @@ from transformers import PreTrainedModel
 
 from qlora_core.data.prepared import IGNORED, Rows
 from qlora_core.errors import ModelError
+from qlora_core.evaluation.prefix import Prefix, shared_prefix
 from qlora_core.evaluation.records import LossRow
 
+_NONE = Prefix()
 _MAX_LOGITS = 64_000_000
 """Logits of one batch: 256 MB in float32, and as much again in the loss."""
 
@@ -48,8 +50,10 @@ def measure_likelihood(
         ModelError: The model answers with numbers that are not finite.
     """
     found: dict[int, float] = {}
-    for batch in _batches(rows, indices, batch_size, model.config.get_text_config().vocab_size):
-        for row, nats in zip(batch, _row_nats(model, rows, batch), strict=True):
+    scored = [row for row in indices if rows.num_supervised[row] > 0]
+    prefix = _prompt_prefix(model, rows, scored)
+    for batch in _batches(rows, scored, batch_size, model.config.get_text_config().vocab_size):
+        for row, nats in zip(batch, _row_nats(model, rows, batch, prefix), strict=True):
             found[row] = _finite(row, nats)
         on_done(len(found))
     units = _units(rows)
@@ -61,19 +65,25 @@ def measure_likelihood(
 
 
 @torch.inference_mode()
-def logits_at(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, at_BT: Tensor) -> Tensor:
+def logits_at(
+    model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, at_BT: Tensor, prefix: Prefix = _NONE
+) -> Tensor:
     """Return the (S, V) logits at the positions where ``at_BT`` is true, row by row.
 
     Args:
         model: A causal LM.
         ids_BT: Tokens, padded on the right.
         mask_BT: 1 for a token, 0 for padding.
-        at_BT: Which positions are wanted; at least one position of the batch must not be.
+        at_BT: Which positions are wanted; none within the prefix, and not all of the others.
+        prefix: What the first positions of each row are, already run through the model.
     """
-    with _head_only_at(model.get_output_embeddings(), at_BT):
-        logits: Tensor = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-    if logits.shape[:2] == ids_BT.shape:  # this model's head is not called as a module
-        return logits[at_BT]
+    rest_BT, wanted_BT = ids_BT[:, prefix.num_tokens :], at_BT[:, prefix.num_tokens :]
+    cache = prefix.cache(len(ids_BT))
+    options = {"use_cache": False} if cache is None else {"past_key_values": cache}
+    with _head_only_at(model.get_output_embeddings(), wanted_BT):
+        logits: Tensor = model(input_ids=rest_BT, attention_mask=mask_BT, **options).logits
+    if logits.shape[:2] == rest_BT.shape:  # this model's head is not called as a module
+        return logits[wanted_BT]
     return logits[0]
 
 
@@ -94,14 +104,21 @@ def _head_only_at(head: nn.Module | None, at_BT: Tensor) -> Iterator[None]:
         hook.remove()
 
 
+def _prompt_prefix(model: PreTrainedModel, rows: Rows, indices: Sequence[int]) -> Prefix:
+    """Return what all rows begin with; the position before a supervised token stays outside."""
+    firsts = [int(np.argmax(rows.labels(i)[1:] != IGNORED)) for i in indices]
+    return shared_prefix(
+        model, [rows.input_ids(i).tolist() for i in indices], min(firsts, default=0)
+    )
+
+
 def _batches(
     rows: Rows, indices: Sequence[int], batch_size: int, vocabulary: int
 ) -> Iterator[list[int]]:
     """Yield row numbers of similar length, longest first, so that too little memory shows early."""
     batch: list[int] = []
     num_logits = 0
-    scored = [row for row in indices if rows.num_supervised[row] > 0]
-    for row in sorted(scored, key=lambda row: (-rows.lengths[row], row)):
+    for row in sorted(indices, key=lambda row: (-rows.lengths[row], row)):
         more = int(rows.num_supervised[row]) * vocabulary
         if batch and (len(batch) == batch_size or num_logits + more > _MAX_LOGITS):
             yield batch
@@ -112,7 +129,9 @@ def _batches(
         yield batch
 
 
-def _row_nats(model: PreTrainedModel, rows: Rows, batch: Sequence[int]) -> list[float]:
+def _row_nats(
+    model: PreTrainedModel, rows: Rows, batch: Sequence[int], prefix: Prefix
+) -> list[float]:
     shape = len(batch), int(rows.lengths[list(batch)].max())
     ids_BT, labels_BT = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
     mask_BT = np.zeros(shape, np.int64)
@@ -122,7 +141,7 @@ def _row_nats(model: PreTrainedModel, rows: Rows, batch: Sequence[int]) -> list[
         labels_BT[b, : length - 1] = rows.labels(row)[1:]  # what position t predicts
     ids, mask, labels = (torch.from_numpy(x).to(model.device) for x in (ids_BT, mask_BT, labels_BT))
     at_BT = labels != IGNORED
-    logits_SV = logits_at(model, ids, mask, at_BT)
+    logits_SV = logits_at(model, ids, mask, at_BT, prefix)
     nats_S = F.cross_entropy(logits_SV.float(), labels[at_BT], reduction="none").double()
     row_S = at_BT.nonzero()[:, 0]
     sums_B = torch.zeros(len(batch), dtype=torch.float64, device=nats_S.device)
