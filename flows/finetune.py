@@ -23,7 +23,14 @@ from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import tracking
-from flows.lifecycle import INTERRUPTIONS, ActiveRun, refuse_secrets, running, set_state
+from flows.lifecycle import (
+    INTERRUPTIONS,
+    ActiveRun,
+    refuse_secrets,
+    running,
+    set_state,
+    sigterm_interrupts,
+)
 from flows.records import load_record
 from flows.result import RunResult, page
 from flows.server import ensure_server
@@ -43,7 +50,7 @@ def run_recipe(config: RunConfig, surroundings: Surroundings) -> RunResult:
     """
     refuse_secrets(config)
     connection = ensure_server(places.home())
-    with connection.in_use(), wiring.surrounded_by(surroundings):
+    with connection.in_use(), wiring.surrounded_by(surroundings), sigterm_interrupts():
         try:
             return finetune(config)
         except INTERRUPTIONS as interruption:

@@ -11,6 +11,8 @@ interrupted at the keyboard is `Cancelled`, which the engine would call a crash.
 """
 
 import logging
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,6 +88,23 @@ def running(config: RunConfig) -> Iterator[ActiveRun]:
         tracker.close(_MLFLOW_STATUS[state], timeout_s=5.0)
         raise
     record.close("completed")
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, for a flow that is called and not deployed.
+
+    Prefect's engine has a handler of its own while a flow runs, and afterwards sends the signal
+    again to the one it found: without this, the process would be gone before it said a word.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def set_state(flow_run_id: str, state: State[Any]) -> None:
