@@ -15,6 +15,7 @@ import math
 import numpy as np
 
 from qlora_core.artifacts import Artifact, EvalReport, Frozen, Metric
+from qlora_core.errors import UserError
 from qlora_core.evaluation.estimates import Estimate, student_quantile
 from qlora_core.evaluation.metrics import CORPUS_METRICS, LOSS_METRICS, estimate_metric
 from qlora_core.evaluation.records import Records, read_records
@@ -58,10 +59,10 @@ def compare_reports(
     """Compare one metric of two reports: paired when they measured the same rows.
 
     Raises:
-        KeyError: A report has no such metric.
+        UserError: A report has no such metric.
         ArtifactError: A report's rows cannot be read.
     """
-    metrics = candidate.facts.metrics[metric], reference.facts.metrics[metric]
+    metrics = _metric(candidate.facts, metric), _metric(reference.facts, metric)
     if candidate.facts.dataset_digest != reference.facts.dataset_digest:
         return compare_metrics(metric, *metrics, confidence)
     rows = read_records(candidate.path), read_records(reference.path)
@@ -114,6 +115,16 @@ def compare_metrics(
         paired=False,
         num_rows=num_rows,
         higher_is_better=candidate.higher_is_better,
+    )
+
+
+def _metric(report: EvalReport, name: str) -> Metric:
+    if name in report.metrics:
+        return report.metrics[name]
+    raise UserError(
+        f"{name} was not measured on the {report.subject} model.",
+        why="; ".join(report.notes),
+        fix=f"Set gate.metric to one of {', '.join(report.metrics)}.",
     )
 
 

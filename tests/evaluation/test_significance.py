@@ -8,6 +8,7 @@ from sacrebleu.significance import PairedTest
 from scipy import stats
 
 from qlora_core.artifacts import Artifact, EvalReport, Metric
+from qlora_core.errors import UserError
 from qlora_core.evaluation.metrics import measure
 from qlora_core.evaluation.records import AnswerRow, LossRow, Records, write_records
 from qlora_core.evaluation.significance import compare_metrics, compare_reports, compare_rows
@@ -158,6 +159,13 @@ def test_reports_on_the_same_rows_are_paired_and_on_others_are_not(tmp_path):
     assert not unpaired.is_better()
     assert (paired.paired, unpaired.paired) == (True, False)
     assert paired.difference == pytest.approx(unpaired.difference)
+
+
+def test_a_metric_that_was_not_measured_is_named_with_those_that_were(tmp_path):
+    base = report(tmp_path / "base", scored([0.1, 0.2]), "judge")
+
+    with pytest.raises(UserError, match=r"bleu was not measured[\s\S]*one of judge"):
+        compare_reports(base, base, "bleu")
 
 
 def test_independent_numbers_add_their_errors_in_squares():
