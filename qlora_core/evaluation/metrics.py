@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
 from qlora_core.artifacts import Metric
@@ -38,6 +38,10 @@ from qlora_core.sources import Source
 
 CORPUS_METRICS = ("bleu", "chrf")
 LOSS_METRICS = ("loss", "perplexity")
+
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,9 @@ class _Words:
 
 
 @cache
-def _rouge() -> RougeScorer:
+def _rouge() -> "RougeScorer":
+    from rouge_score.rouge_scorer import RougeScorer  # it loads NLTK: seconds, for those who ask
+
     return RougeScorer(["rougeL"], tokenizer=_Words())
 
 

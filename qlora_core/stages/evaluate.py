@@ -31,12 +31,12 @@ from qlora_core.artifacts import (
 from qlora_core.config import EvaluationConfig
 from qlora_core.data.prepared import Prompt, Rows, read_prompts, read_split
 from qlora_core.errors import DataError
-from qlora_core.evaluation.dense import dense_weights
 from qlora_core.evaluation.generation import Answer, answer_prompts
 from qlora_core.evaluation.likelihood import measure_likelihood
 from qlora_core.evaluation.metrics import Scorer, make_scorers, measure, score_answer
 from qlora_core.evaluation.records import AnswerRow, LossRow, Records, write_records
 from qlora_core.fingerprint import canonical_json
+from qlora_core.modeling.dense import dense_weights
 from qlora_core.modeling.loading import load_base, load_saved_tokenizer, quiet
 from qlora_core.modeling.lora import load_adapter
 from qlora_core.ports import Context, stage

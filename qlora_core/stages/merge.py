@@ -28,6 +28,7 @@ from qlora_core.config import MergeConfig, ModelConfig
 from qlora_core.data.prepared import read_split
 from qlora_core.errors import ArtifactError
 from qlora_core.evaluation.parity import measure_parity
+from qlora_core.modeling.dense import dense_weights
 from qlora_core.modeling.loading import load_base, quiet
 from qlora_core.modeling.lora import load_adapter
 from qlora_core.modeling.merge import copy_companions, read_updates, write_merged
@@ -174,18 +175,19 @@ def _measure_all(ctx: Context, inputs: _Inputs, ways: tuple[Onto, ...]) -> tuple
     tuned = load_adapter(load_base(inputs.base.path, inputs.device), inputs.adapter.path)
     rows = read_split(inputs.data.path, "heldout")
     parities = []
-    for number, way in enumerate(ways):
-        report = _share(ctx.progress, len(ways) + number, 2 * len(ways))
-        parity = measure_parity(
-            tuned,
-            _load_merged(ctx.scratch / way, inputs),  # gone again before the next is loaded
-            rows,
-            onto=way,
-            max_rows=inputs.merge.parity_rows,
-            batch_size=inputs.merge.batch_size,
-            on_batch=_noting(report, f"comparing {way} with the tuned model"),
-        )
-        parities.append(parity)
+    with dense_weights(tuned):  # it answers many batches, and dequantises once
+        for number, way in enumerate(ways):
+            report = _share(ctx.progress, len(ways) + number, 2 * len(ways))
+            parity = measure_parity(
+                tuned,
+                _load_merged(ctx.scratch / way, inputs),  # gone again before the next is loaded
+                rows,
+                onto=way,
+                max_rows=inputs.merge.parity_rows,
+                batch_size=inputs.merge.batch_size,
+                on_batch=_noting(report, f"comparing {way} with the tuned model"),
+            )
+            parities.append(parity)
     return tuple(sorted(parities, key=lambda parity: parity.kl.value))
 
 

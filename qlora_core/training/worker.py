@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 from peft import PeftModel
 
 from qlora_core.config import SnapshotConfig
 from qlora_core.data.prepared import read_split
 from qlora_core.errors import DataError, ModelError, ResourceError
+from qlora_core.modeling.dense import BUDGET_BYTES, dense_weights
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
 from qlora_core.ports import StepMetrics, TrainJob
@@ -30,6 +32,8 @@ from qlora_core.training.loop import Position, Run, train
 from qlora_core.training.memory import activations_fit
 from qlora_core.training.objective import LossFunction
 from qlora_core.training.optimizer import make_optimizer, restore
+
+_SPARE_SHARE = 4  # of the memory that is free, shared by a machine's workers, at most one in four
 
 
 def ignore(_: StepMetrics) -> None:
@@ -66,7 +70,7 @@ def run_worker(
     if comm.rank == 0:
         desk = open_desk(run, job, snapshots, launch, position.step, steps, notes)
         desk.tell(on_step)
-    with _memory_errors(job):
+    with _memory_errors(job), _dense_on_a_cpu(run):
         for metrics in train(run, position):
             if comm.rank == 0:
                 desk.record(metrics, position)
@@ -158,6 +162,17 @@ def _start_like_rank_0(run: Run) -> None:
             if run.comm.rank != 0:
                 parameter.zero_()
             run.comm.all_reduce_sum(parameter)
+
+
+@contextmanager
+def _dense_on_a_cpu(run: Run) -> Iterator[None]:
+    """Dequantise once, where there is memory to spare: a CPU has more of it than of speed."""
+    if run.device.type != "cpu":
+        yield
+        return
+    spare_bytes = psutil.virtual_memory().available // (_SPARE_SHARE * run.comm.world_size)
+    with dense_weights(run.model, min(BUDGET_BYTES, spare_bytes)):
+        yield
 
 
 @contextmanager

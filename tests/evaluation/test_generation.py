@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 
 from qlora_core.data.prepared import Prompt
 from qlora_core.errors import ModelError
-from qlora_core.evaluation.dense import dense_weights
+from qlora_core.modeling.dense import dense_weights
 from qlora_core.evaluation.generation import answer_prompts, stop_tokens
 
 

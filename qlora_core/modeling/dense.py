@@ -1,9 +1,10 @@
-"""Keep a 4-bit model's weights dequantised while it only answers.
+"""Keep a 4-bit model's weights dequantised for a while: the same numbers, memory for speed.
 
-A 4-bit layer dequantises its weight in every forward pass. That is lost in the noise when a pass
-holds hundreds of tokens, but a decoding step holds one token per row and would spend most of its
-time there. For the length of a `with` block the weights are dequantised once, as far as a budget
-of bytes reaches; the products see the same numbers, so the answers are the same bit for bit.
+A 4-bit layer dequantises its weight in every forward pass, and again in every backward pass. That
+is lost in the noise when a pass holds thousands of tokens, but a decoding step holds one token per
+row, and a small micro-batch on a CPU a hundred; both spend much of their time there. For the length
+of a `with` block the weights are dequantised once, as far as a budget of bytes reaches; the
+products see the same numbers, so answers, losses and gradients are the same bit for bit.
 Dims: O out features, I in features, B batch, T positions.
 """
 
