@@ -29,7 +29,9 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["system user assistant every day at noon the answer is"], trainer)
+    tokenizer.train_from_iterator(
+        ["system user assistant every day at noon the answer is"], trainer
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|im_start|>",
