@@ -202,6 +202,7 @@ def _environment(spec: RaySpec) -> dict[str, str]:
     if spec.cluster.address is None:
         environment.pop("RAY_ADDRESS", None)
         environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody preempts this machine
+        environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "120"  # it may be busy, not lost
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     return environment
 

@@ -1,8 +1,12 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -18,9 +22,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SNAPSHOTS = SnapshotConfig(every_steps=5)
 
 
-def ours() -> list[psutil.Process]:
-    """Everything that this test's launcher started."""
-    return psutil.Process().children(recursive=True)
+def ours(text: str = "") -> list[psutil.Process]:
+    """Everything running that this test's launcher started, with ``text`` in its command."""
+    return [p for p in psutil.Process().children(recursive=True) if text in command(p)]
+
+
+def command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it ended meanwhile
+        return ""
 
 
 def train_on_ray(job: TrainJob, on_step=lambda _: None, **cluster) -> tuple[list[StepMetrics], str]:
@@ -51,9 +62,9 @@ def test_a_killed_worker_is_replaced_and_two_workers_equal_one(make_job):
 
     def kill_a_worker(metrics: StepMetrics) -> None:
         if metrics.step == 7:
-            workers = [p for p in ours() if "RayTrainWorker" in " ".join(p.cmdline())]
-            killed.append(workers[-1].pid)
-            workers[-1].kill()
+            worker = ours("RayTrainWorker")[-1]
+            killed.append(worker.pid)
+            worker.kill()
 
     job = make_job("ray", epochs=12, heldout_every=None)
     steps, said = train_on_ray(job, kill_a_worker, workers=2)
@@ -71,11 +82,11 @@ def test_a_lost_driver_is_started_again(make_job):
 
     def kill_the_head(metrics: StepMetrics) -> None:
         if metrics.step == 7:
-            next(p for p in ours() if "ray_driver" in " ".join(p.cmdline())).kill()
+            ours("ray_driver")[0].kill()
 
     steps, said = train_on_ray(make_job("ray", epochs=12), kill_the_head, workers=1)
 
-    assert losses(steps) == losses(alone)
+    assert losses(steps) == pytest.approx(losses(alone), rel=1e-4)
     assert "driver process was lost" in said
     assert ours() == []
 
@@ -102,15 +113,14 @@ def test_nothing_is_left_when_the_launcher_is_killed(make_job, tmp_path):
         "RayTrainLauncher(ClusterConfig(), SnapshotConfig(), print).train(job, lambda _: None)\n"
     )
     launcher = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "job.json")])
-    session = None
-    while session is None or not (job.scratch / "journal.jsonl").exists():
-        assert launcher.poll() is None
-        time.sleep(0.2)
-        drivers = [p for p in ours() if "ray_driver" in " ".join(p.cmdline())]
-        session = drivers[0].pid if drivers else None
-
-    os.kill(launcher.pid, signal.SIGKILL)
-    launcher.wait()
+    try:
+        while not (job.scratch / "journal.jsonl").exists():
+            assert launcher.poll() is None
+            time.sleep(0.2)
+        session = ours("ray_driver")[0].pid
+    finally:
+        os.kill(launcher.pid, signal.SIGKILL)
+        launcher.wait()
 
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and list(process_session.members(session)):
@@ -146,7 +156,7 @@ def test_a_running_ray_is_used_where_an_address_is_given(make_job, monkeypatch):
     with ray_head(port=26379):
         steps, _ = train_on_ray(make_job("ray"), workers=1, address="127.0.0.1:26379")
 
-    assert losses(steps) == pytest.approx(losses(alone), rel=1e-5)
+    assert losses(steps) == pytest.approx(losses(alone), rel=1e-4)
 
 
 def test_more_cores_than_the_machine_has_are_refused_at_once(make_job):
