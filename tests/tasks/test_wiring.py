@@ -1,0 +1,170 @@
+"""What the composition root decides: places, sources, retries, and what a produced artefact is."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from prefect.states import Failed
+
+from qlora_core.artifacts import Facts, RegisteredModel
+from qlora_core.backends.memory import MemoryRegistry, MemoryTracker, RecordingProgress
+from qlora_core.config import RunConfig
+from qlora_core.errors import DataError, LaunchError, UserError
+from qlora_core.ports import Services, stage
+from qlora_core.store import Store
+from tasks import places
+from tasks.progress import RunProgress, StoppedError
+from tasks.wiring import Workspace, find_sources, is_transient, resolved_quantization
+
+
+class Counted(Facts):
+    number: int
+
+
+@stage("count", version=1, facts=Counted)
+def count(ctx, number: int) -> Counted:
+    ctx.progress.update("count", 1, 1)
+    return Counted(number=number)
+
+
+@stage("register", version=1, facts=RegisteredModel)
+def register(ctx, name: str) -> RegisteredModel:
+    version = str(len(list(ctx.out.parent.parent.glob("damaged/*"))) + 1)
+    return RegisteredModel(
+        name=name,
+        adapter_version=version,
+        merged_version=None,
+        aliases=(),
+        promoted=False,
+        reasons=(),
+    )
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"1")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    return RunConfig.model_validate(
+        {
+            "name": "tiny",
+            "model": {"source": str(tmp_path / "model")},
+            "dataset": {"source": str(tmp_path / "rows.jsonl")},
+        }
+    )
+
+
+class Kept(list):
+    def __call__(self, role, artifact, cached):
+        self.append((role, artifact.facts, cached))
+
+
+@pytest.fixture
+def workspace(config, tmp_path):
+    progress = RunProgress(RecordingProgress())
+    services = Services(MemoryTracker(), MemoryRegistry(), launcher=None, progress=progress)
+    return Workspace(config, Store(tmp_path / "store"), services, progress, Kept())
+
+
+def test_what_is_built_is_returned_as_it_is_and_what_was_there_in_a_state_named_cached(workspace):
+    built = workspace.produce("counted", count, 3)
+    found = workspace.produce("counted", count, 3)
+
+    assert built.facts.number == 3
+    assert (found.name, found.is_completed(), found.data) == ("Cached", True, built)
+    assert [cached for _, _, cached in workspace._keep] == [False, True]
+
+
+def test_a_stopped_run_ends_a_stage_at_its_next_report_and_starts_no_other(workspace):
+    workspace.stop()
+
+    with pytest.raises(StoppedError):
+        workspace.produce("counted", count, 3)
+    with pytest.raises(StoppedError):
+        workspace.progress.update("count", 1, 2)
+
+
+def test_what_a_stage_raises_because_it_was_stopped_is_told_as_that_and_not_retried(workspace):
+    @stage("lost", version=1, facts=Counted)
+    def lost(ctx) -> Counted:
+        workspace.stop()
+        raise LaunchError("the driver is gone")
+
+    with pytest.raises(StoppedError) as caught:
+        workspace.produce("counted", lost)
+
+    assert not is_transient(None, None, Failed(data=caught.value))
+
+
+def test_a_model_the_registry_does_not_hold_is_registered_again(workspace):
+    first = workspace.produce("registered", register, "tiny")
+
+    second = workspace.produce("registered", register, "tiny")
+
+    assert first.facts.adapter_version == "1"
+    assert second.facts.adapter_version == "2"
+
+
+def test_a_thread_that_a_stage_started_may_speak_as_well(workspace):
+    speaking = threading.Thread(target=workspace.progress.say, args=("count", "hello"))
+
+    speaking.start()
+    speaking.join()
+
+    assert not workspace.progress.is_stopping
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (LaunchError("workers were lost"), True),
+        (ConnectionResetError("peer"), True),
+        (TimeoutError(), True),
+        (DataError("row 3"), False),
+        (ValueError("a mistake of ours"), False),
+    ],
+)
+def test_what_the_world_broke_is_tried_again_and_what_a_person_can_mend_is_not(error, again):
+    assert is_transient(None, None, Failed(data=error)) is again
+
+
+def test_the_recipes_words_go_before_the_environments(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("QLORAFLOW_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://env:5000")
+    monkeypatch.setenv("RAY_ADDRESS", "env:6379")
+    said = config.model_copy(
+        update={
+            "workspace": config.workspace.model_copy(
+                update={"store": str(tmp_path / "mine"), "tracking_uri": "http://mine:5000"}
+            ),
+            "cluster": config.cluster.model_copy(update={"address": "mine:6379"}),
+        }
+    )
+
+    assert places.store_root(config) == tmp_path / "home"
+    assert places.tracking_place(config).tracking_uri == "http://env:5000"
+    assert places.cluster(config).address == "env:6379"
+    assert places.store_root(said) == tmp_path / "mine"
+    assert places.tracking_place(said).tracking_uri == "http://mine:5000"
+    assert places.cluster(said).address == "mine:6379"
+
+
+def test_without_any_word_mlflow_is_sqlite_in_the_store(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("QLORAFLOW_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    place = places.tracking_place(config)
+
+    assert place.tracking_uri == f"sqlite:///{tmp_path / 'home' / 'mlflow.db'}"
+
+
+def test_a_source_that_is_not_there_is_told_by_its_field(config, tmp_path):
+    (tmp_path / "rows.jsonl").unlink()
+
+    with pytest.raises(UserError, match=r"dataset\.source"):
+        find_sources(config)
+
+
+def test_automatic_compute_dtype_is_decided_before_it_is_part_of_a_key(config):
+    assert config.quantization.compute_dtype == "auto"
+    assert resolved_quantization(config).compute_dtype in ("float32", "bfloat16", "float16")
