@@ -82,6 +82,7 @@ def run(
     """
     given = [*(overrides or []), *([f"cluster.address={cluster}"] if cluster else [])]
     config = _load(recipe, given)
+    _quiet_prefect()
     from flows.run import run_and_report
 
     run_and_report(config, out)
@@ -189,6 +190,7 @@ def chat(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Try out device, bitsandbytes, Ray, Prefect and MLflow, and say what to change."""
+    _quiet_prefect()
     from flows.doctor import check_all
 
     checks = []
@@ -285,6 +287,12 @@ def _load(recipe: Path, overrides: list[str] | None) -> "RunConfig":
     from qlora_core.recipe import load_config
 
     return load_config(recipe, overrides or [])
+
+
+def _quiet_prefect() -> None:
+    """Keep Prefect's log off this terminal, which has bars and errors of its own; the UI has it."""
+    if not os.environ.get("QLORAFLOW_DEBUG"):
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 
 def _home() -> Path:
