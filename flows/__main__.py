@@ -232,7 +232,7 @@ def deploy(
 
 
 @app.command()
-def work(
+def worker(
     limit: Annotated[int | None, typer.Option(min=1, help="Runs at the same time.")] = None,
 ) -> None:
     """Carry out scheduled runs on this machine, until Ctrl-C."""
