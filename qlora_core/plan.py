@@ -13,6 +13,7 @@ from typing import Literal
 
 from qlora_core.artifacts import Frozen, PreparedDataset
 from qlora_core.config import RunConfig
+from qlora_core.modeling.dense import BUDGET_BYTES
 from qlora_core.modeling.memory import (
     MemoryEstimate,
     Shape,
@@ -242,6 +243,7 @@ def _workload(
         num_supervised=max(1, round(share * num_tokens)),
         checkpointing=wanted == "on",
         compute_dtype=device.compute_dtype,
+        dense_budget_bytes=BUDGET_BYTES if device.kind == "cpu" else 0,
     )
     if wanted != "auto" or device.kind == "cpu":
         return plain
@@ -258,7 +260,7 @@ def _estimates(config: RunConfig, shape: Shape, workload: Workload) -> tuple[Mem
 
 
 def _notes(config: RunConfig, training: TrainingSize | None, workload: Workload) -> tuple[str, ...]:
-    notes = ["Activations and logits are approximate; all other memory is exact."]
+    notes = ["Activations, logits and dense weights are approximate; all other memory is exact."]
     if training is None:
         notes.append("Nothing is known of the rows yet, so steps and tokens are left open.")
     elif not training.is_exact:

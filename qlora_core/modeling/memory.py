@@ -83,6 +83,8 @@ class Workload(Frozen):
     """Of these; logits are computed for them alone."""
     checkpointing: bool
     compute_dtype: Literal["float32", "bfloat16", "float16"]
+    dense_budget_bytes: int = 0
+    """Room for dequantised weights that are kept while training (see `modeling.dense`)."""
 
     @property
     def compute_bytes(self) -> int:
@@ -111,6 +113,8 @@ class MemoryEstimate(Frozen):
     """Logits and loss at supervised positions (approximate)."""
     workspace: int
     """The largest layer's weight, dequantised for its product, and its input gradients."""
+    dense: int = 0
+    """4-bit weights kept dequantised, on a CPU (as far as the memory free at the start allows)."""
     paged: int = 0
     """Part of `optimizer` that can leave the GPU for the host (paged optimizers)."""
 
@@ -252,6 +256,8 @@ def _with_adapter(
     left = shape.num_parameters - sum(group.num_weights for group in quantized)
     sizes = _adapter_sizes(shape, adapter)
     moments = optimizer_bytes(sizes, training.optimizer)
+    is_4bit = quantization.method in ("nf4", "fp4")
+    unpacked = work.compute_bytes * sum(group.num_weights for group in quantized) * is_4bit
     largest = max((g.num_out * g.num_in for g in quantized), default=0)
     return MemoryEstimate(
         strategy=strategy,
@@ -264,6 +270,7 @@ def _with_adapter(
         activations=_kept(shape, work, _adapted_layer_bytes(shape, adapter, work)),
         logits=_logits_bytes(shape, work),
         workspace=work.compute_bytes * largest + _input_gradient_bytes(shape, work),
+        dense=min(unpacked, work.dense_budget_bytes),
         paged=moments if training.optimizer.startswith("paged") else 0,
     )
 

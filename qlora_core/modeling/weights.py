@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import bitsandbytes.functional as bnb
 import torch
@@ -97,6 +97,8 @@ class CheckpointWeights:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file_of = _stored_names(folder)
+        # opening parses a header of thousands of names, so files stay open (mapped, not read)
+        self._opened: dict[Path, Any] = {}
         self._quant_state_of = {
             name.split(_QUANT_STATE)[0]: name for name in self._file_of if _QUANT_STATE in name
         }
@@ -129,9 +131,8 @@ class CheckpointWeights:
     def _info(self, name: str) -> TensorInfo:
         if name in self._quant_state_of:
             return _unpacked_info(self._stored(self._quant_state_of[name]))
-        with self._open(name) as file:
-            view = file.get_slice(name)
-            shape, dtype = tuple(view.get_shape()), _DTYPES[view.get_dtype()]
+        view = self._open(name).get_slice(name)
+        shape, dtype = tuple(view.get_shape()), _DTYPES[view.get_dtype()]
         return TensorInfo(shape, torch.float32 if name in self._scale_of else dtype)
 
     def _dequantized_4bit(self, name: str) -> Tensor:
@@ -143,12 +144,14 @@ class CheckpointWeights:
         return weight_OI
 
     def _stored(self, name: str) -> Tensor:
-        with self._open(name) as file:
-            tensor: Tensor = file.get_tensor(name)
+        tensor: Tensor = self._open(name).get_tensor(name)
         return tensor
 
-    def _open(self, name: str) -> safe_open:
-        return _opened(self._folder / self._file_of[name])
+    def _open(self, name: str) -> Any:
+        path = self._folder / self._file_of[name]
+        if path not in self._opened:
+            self._opened[path] = _opened(path)
+        return self._opened[path]
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,24 @@ def test_activations_grow_with_tokens_and_logits_with_supervised_ones():
     assert more_answers.activations == one.activations
 
 
+def test_weights_kept_dequantised_are_counted_up_to_their_budget():
+    model = small(SMALL, NF4)
+    shape = shape_of(SMALL, NF4, ADAPTER)
+    dense = sum(  # what modeling.dense keeps: every 4-bit layer, in the compute dtype
+        m.weight.quant_state.shape.numel() * 4
+        for m in model.modules()
+        if type(m).__name__ == "Linear4bit"
+    )
+
+    def planned(quantization: QuantizationConfig, budget: int) -> int:
+        load = work(dtype="float32").model_copy(update={"dense_budget_bytes": budget})
+        return estimate_qlora(shape, quantization, ADAPTER, TRAINING, load).dense
+
+    assert planned(NF4, 10**9) == dense > 0
+    assert planned(NF4, 1000) == 1000
+    assert planned(NF4, 0) == planned(QuantizationConfig(method="int8"), 10**9) == 0
+
+
 def test_paged_moments_are_marked_as_movable():
     shape = shape_of(SMALL, NF4, ADAPTER)
     paged = TrainingConfig(optimizer="paged_adamw_8bit")
