@@ -10,9 +10,11 @@ rewritten in place, so a full disk can make it unreadable for good.
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -30,7 +32,7 @@ OBJECT_STORE_BYTES = 80_000_000
 def main() -> None:
     """Run the job of the spec and write its outcome to the pipe: `{}` or an error's fields."""
     spec = RaySpec.model_validate_json(Path(sys.argv[1]).read_text("utf-8"))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=[spec], daemon=True).start()
     outcome: dict[str, str] = {}
     try:
         _run(spec)
@@ -40,11 +42,16 @@ def main() -> None:
         pipe.write(json.dumps(outcome))
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(spec: RaySpec) -> None:
     """Wait until the launcher's end of our stdin closes, as it does however the launcher ends."""
     while os.read(sys.stdin.fileno(), 1024):
         continue
-    process_session.send(os.getsid(0), signal.SIGKILL)
+    for pid in process_session.members(os.getsid(0)):
+        if pid != os.getpid():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(spec.temp, ignore_errors=True)
+    os._exit(1)
 
 
 def _run(spec: RaySpec) -> None:
@@ -69,7 +76,7 @@ def _connect(spec: RaySpec) -> None:
             "num_cpus": local_cpus(spec.cluster),
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": str(spec.temp),
+            "_temp_dir": str(spec.temp / "r"),  # Ray opens it to everybody; its parent is private
         }
     else:
         package = str(Path(qlora_core.__file__).parent)

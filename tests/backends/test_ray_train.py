@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -118,6 +119,7 @@ def test_nothing_is_left_when_the_launcher_is_killed(make_job, tmp_path):
             assert launcher.poll() is None
             time.sleep(0.2)
         session = ours("ray_driver")[0].pid
+        temp = Path(json.loads((job.scratch / "ray_spec.json").read_text())["temp"])
     finally:
         os.kill(launcher.pid, signal.SIGKILL)
         launcher.wait()
@@ -126,6 +128,7 @@ def test_nothing_is_left_when_the_launcher_is_killed(make_job, tmp_path):
     while time.monotonic() < deadline and list(process_session.members(session)):
         time.sleep(0.2)
     assert list(process_session.members(session)) == []
+    assert not temp.exists()
 
 
 @contextmanager
