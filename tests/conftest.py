@@ -9,9 +9,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-from pathlib import Path  # noqa: E402  # the environment must be set before anything is imported
+from pathlib import Path  # the environment must be set before anything is imported
 
-import pytest  # noqa: E402
+import pytest
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

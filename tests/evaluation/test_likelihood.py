@@ -6,10 +6,10 @@ import torch
 
 from qlora_core.data.prepared import IGNORED, TokenRow, read_split, write_split
 from qlora_core.errors import ModelError
-from qlora_core.modeling.dense import dense_weights
 from qlora_core.evaluation.likelihood import logits_at, measure_likelihood
 from qlora_core.evaluation.metrics import estimate_metric
 from qlora_core.evaluation.records import Records
+from qlora_core.modeling.dense import dense_weights
 
 
 def plain_nats(model, rows, i: int) -> float:
