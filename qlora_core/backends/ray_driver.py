@@ -21,9 +21,8 @@ from uuid import uuid4
 
 import qlora_core
 from qlora_core.backends import process_session
-from qlora_core.backends.ray_resources import local_cpus, share_out, threads_environment
+from qlora_core.backends.ray_resources import local_cpus, share_out
 from qlora_core.backends.ray_worker import RaySpec, train_on_worker
-from qlora_core.config import ClusterConfig
 from qlora_core.errors import LaunchError, QLoraError
 
 OBJECT_STORE_BYTES = 80_000_000
@@ -83,7 +82,7 @@ def _connect(spec: RaySpec) -> None:
         package = str(Path(qlora_core.__file__).parent)
         settings |= {
             "address": spec.cluster.address,
-            "runtime_env": {"py_modules": [package], "env_vars": worker_environment(spec.cluster)},
+            "runtime_env": {"py_modules": [package], "env_vars": worker_environment()},
         }
     try:
         ray.init(**settings)
@@ -95,10 +94,10 @@ def _connect(spec: RaySpec) -> None:
         ) from error
 
 
-def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
     """Return the variables every worker needs."""
     wanted = {name: os.environ[name] for name in ("HF_HUB_OFFLINE",) if name in os.environ}
-    return wanted | threads_environment(cluster) | {"TOKENIZERS_PARALLELISM": "false"}
+    return wanted | {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _fit(spec: RaySpec, gpus: float) -> None:

@@ -57,12 +57,3 @@ def _places(nodes: list[Node], cpus: int, gpus: float) -> int:
         return sum(by_cpu)
     by_gpu = [int(node.get("GPU", 0) // gpus) for node in nodes]
     return sum(min(pair) for pair in zip(by_cpu, by_gpu, strict=True))
-
-
-def threads_environment(cluster: ClusterConfig) -> dict[str, str]:
-    """Return how OpenMP's threads wait for each other.
-
-    Active spinning is 3 to 6 times slower where several workers share cores; where one worker has
-    them to itself, waiting passively is (1.6 times on small micro-batches).
-    """
-    return {"OMP_WAIT_POLICY": "passive"} if cluster.workers > 1 else {}
