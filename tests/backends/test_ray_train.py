@@ -19,13 +19,22 @@ from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import ResourceError, TrainingError
 from qlora_core.ports import StepMetrics, TrainJob
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "processes_before")
 SNAPSHOTS = SnapshotConfig(every_steps=5)
+BEFORE: set[psutil.Process] = set()
+
+
+@pytest.fixture
+def processes_before() -> None:
+    """Earlier tests leave helpers of Python's own: multiprocessing's resource tracker."""
+    BEFORE.clear()
+    BEFORE.update(psutil.Process().children(recursive=True))
 
 
 def ours(text: str = "") -> list[psutil.Process]:
     """Everything running that this test's launcher started, with ``text`` in its command."""
-    return [p for p in psutil.Process().children(recursive=True) if text in command(p)]
+    now = psutil.Process().children(recursive=True)
+    return [p for p in now if p not in BEFORE and text in command(p)]
 
 
 def command(process: psutil.Process) -> str:
