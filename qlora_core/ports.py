@@ -35,8 +35,8 @@ class StepMetrics(Frozen):
     num_tokens: int
     """Non-padding tokens of this step, over all workers."""
     num_supervised_tokens: int
-    num_padded_tokens: int
-    """Tokens that went through the model, padding included."""
+    num_computed_tokens: int
+    """Tokens that went through the model: padding adds to them, shared prefixes take away."""
     seconds: float
     tokens_per_s: float
     supervised_tokens_per_s: float

@@ -8,7 +8,7 @@ products see the same numbers, so answers, losses and gradients are the same bit
 Dims: O out features, I in features, B batch, T positions.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,14 +21,17 @@ BUDGET_BYTES = 2_000_000_000
 
 
 @contextmanager
-def dense_weights(model: nn.Module, budget_bytes: int = BUDGET_BYTES) -> Iterator[int]:
+def dense_weights(
+    model: nn.Module, budget_bytes: int = BUDGET_BYTES, skip: Container[nn.Module] = ()
+) -> Iterator[int]:
     """Give 4-bit layers of ``model`` dequantised weights inside the block; yield how many.
 
-    Layers are taken in order until the budget is used up; the others go on as before.
+    Layers are taken in order until the budget is used up; the others, and those to ``skip``, go on
+    as before.
     """
     replaced: list[Linear4bit] = []
     try:
-        for layer in (m for m in model.modules() if isinstance(m, Linear4bit)):
+        for layer in (m for m in model.modules() if isinstance(m, Linear4bit) and m not in skip):
             size_bytes = layer.weight.quant_state.shape.numel() * _dtype(layer).itemsize
             if size_bytes > budget_bytes:
                 break

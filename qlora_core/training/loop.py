@@ -29,10 +29,10 @@ from qlora_core.config import TrainingConfig
 from qlora_core.data.prepared import Rows
 from qlora_core.errors import TrainingError
 from qlora_core.ports import StepMetrics
-from qlora_core.training.batching import Indices, Plan, deal, heldout_rows, padded_tokens
+from qlora_core.training.batching import Indices, Plan, deal, heldout_rows
 from qlora_core.training.comm import Comm
 from qlora_core.training.memory import peak_memory_bytes
-from qlora_core.training.objective import LossFunction, collate
+from qlora_core.training.objective import LossFunction
 from qlora_core.training.optimizer import FlatGradients, Parameters
 from qlora_core.training.schedule import learning_rate
 
@@ -91,11 +91,11 @@ def train(run: Run, position: Position) -> Iterator[StepMetrics]:
     while position.step < run.plan.num_steps and not position.stopped_early:
         watch = time.monotonic()
         step = position.step + 1
-        num_padded = _add_up_gradients(run, step)
+        num_computed = _add_up_gradients(run, step)
         update = _update(run, step)
         seconds = time.monotonic() - watch
         heldout = _measure(run, step)
-        metrics = _metrics(run, step, update, heldout, num_padded, seconds)
+        metrics = _metrics(run, step, update, heldout, num_computed, seconds)
         _advance(run, position, metrics)
         position.seconds += time.monotonic() - watch
         yield metrics
@@ -108,7 +108,7 @@ def measure_heldout(run: Run) -> float:
     run.model.eval()
     with torch.no_grad():
         for chunk in _shares(run, rows, run.heldout)[run.comm.rank]:
-            total += run.loss(collate(run.heldout, chunk, run.device))
+            total += run.loss(run.loss.batch(run.heldout, chunk, run.device))
     run.comm.all_reduce_sum(total)
     return float(total) / max(1, int(run.heldout.num_supervised[rows].sum()))
 
@@ -124,7 +124,7 @@ def keep_best(run: Run, position: Position) -> int:
 
 
 def _add_up_gradients(run: Run, step: int) -> int:
-    """Leave the step's mean loss and its gradients in ``run.gradients``; return padded tokens."""
+    """Leave the step's mean loss and its gradients in ``run.gradients``; return tokens computed."""
     rows = run.plan.rows(step)
     num_supervised = max(1, int(run.train.num_supervised[rows].sum()))
     shares = _shares(run, rows, run.train)
@@ -132,12 +132,14 @@ def _add_up_gradients(run: Run, step: int) -> int:
     run.model.train()
     with _seeded(run, step):
         for chunk in shares[run.comm.rank]:
-            loss = run.loss(collate(run.train, chunk, run.device)) / num_supervised
+            batch = run.loss.batch(run.train, chunk, run.device)
+            loss = run.loss(batch) / num_supervised
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
             run.gradients.loss.add_(loss.detach())
+            run.gradients.num_computed.add_(batch.input_ids_BT.numel())
     run.comm.all_reduce_sum(run.gradients.message)
-    return sum(padded_tokens(chunk, run.train.lengths) for share in shares for chunk in share)
+    return int(run.gradients.num_computed)
 
 
 def _update(run: Run, step: int) -> _Update:
@@ -214,7 +216,7 @@ def _seeded(run: Run, step: int) -> Iterator[None]:
 
 
 def _metrics(
-    run: Run, step: int, update: _Update, heldout: float | None, num_padded: int, seconds: float
+    run: Run, step: int, update: _Update, heldout: float | None, num_computed: int, seconds: float
 ) -> StepMetrics:
     rows = run.plan.rows(step)
     num_tokens = int(run.train.lengths[rows].sum())
@@ -229,7 +231,7 @@ def _metrics(
         grad_norm=update.grad_norm,
         num_tokens=num_tokens,
         num_supervised_tokens=num_supervised,
-        num_padded_tokens=num_padded,
+        num_computed_tokens=num_computed,
         seconds=seconds,
         tokens_per_s=num_tokens / seconds,
         supervised_tokens_per_s=num_supervised / seconds,

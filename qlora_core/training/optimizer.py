@@ -1,8 +1,8 @@
 """Gradients as one vector, and AdamW on the float32 adapter.
 
 The backward pass adds straight into views of one flat vector. So adding up over workers is one
-collective, the global norm is one reduction, and nothing is copied. The vector has one more place
-at its end, in which the step's loss travels along.
+collective, the global norm is one reduction, and nothing is copied. Two more places at its end let
+the step's loss and the tokens computed travel along.
 
 Dims: P trainable parameters, all tensors together.
 Source: Loshchilov & Hutter 2019, arXiv:1711.05101; Dettmers et al. 2022, arXiv:2110.02861 (8-bit).
@@ -22,7 +22,7 @@ Parameters = Mapping[str, nn.Parameter]
 
 
 class FlatGradients:
-    """The gradients of all parameters in one vector, and the loss behind them.
+    """The gradients of all parameters in one vector; the loss and the work behind them.
 
     Args:
         parameters: What is trained; float32, on one device.
@@ -31,15 +31,15 @@ class FlatGradients:
     def __init__(self, parameters: Parameters) -> None:
         owners = list(parameters.values())
         size = sum(owner.numel() for owner in owners)
-        self._all = torch.zeros(size + 1, dtype=torch.float32, device=owners[0].device)
-        self.flat_P, self.loss = self._all[:-1], self._all[-1]
+        self._all = torch.zeros(size + 2, dtype=torch.float32, device=owners[0].device)
+        self.flat_P, self.loss, self.num_computed = self._all[:-2], self._all[-2], self._all[-1]
         views = torch.split(self.flat_P, [owner.numel() for owner in owners])
         for owner, view in zip(owners, views, strict=True):
             owner.grad = view.view_as(owner)
 
     @property
     def message(self) -> Tensor:
-        """(P + 1,) what workers add up: gradients, then the loss."""
+        """(P + 2,) what workers add up: gradients, then the loss, then tokens computed."""
         return self._all
 
     def zero(self) -> None:

@@ -10,7 +10,7 @@ the same for the same job on the same number of workers. What was measured goes 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -18,11 +18,13 @@ import torch
 from peft import PeftModel
 
 from qlora_core.config import SnapshotConfig
-from qlora_core.data.prepared import read_split
+from qlora_core.data.prepared import Rows, read_split
 from qlora_core.errors import DataError, ModelError, ResourceError
 from qlora_core.modeling.dense import BUDGET_BYTES, dense_weights
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
+from qlora_core.modeling.packing import packed_attention
+from qlora_core.modeling.products import fused_products
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training import snapshot
 from qlora_core.training.batching import Plan, make_plan
@@ -70,7 +72,7 @@ def run_worker(
     if comm.rank == 0:
         desk = open_desk(run, job, snapshots, launch, position.step, steps, notes)
         desk.tell(on_step)
-    with _memory_errors(job), _dense_on_a_cpu(run):
+    with _memory_errors(job), _fast_paths(run):
         for metrics in train(run, position):
             if comm.rank == 0:
                 desk.record(metrics, position)
@@ -111,8 +113,20 @@ def _prepare(job: TrainJob, comm: Comm, device: torch.device, notes: list[str]) 
         comm=comm,
         device=device,
         seed=job.seed,
-        loss=LossFunction(model, notes),
+        loss=_loss_function(model, job, train_rows, device, notes),
     )
+
+
+def _loss_function(
+    model: PeftModel, job: TrainJob, rows: Rows, device: torch.device, notes: list[str]
+) -> LossFunction:
+    attention_dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
+    draws = bool(job.adapter.dropout or attention_dropout)
+    loss = LossFunction(model, notes, shares_prefix=not draws)
+    loss.try_packing(rows, device)
+    if loss.packs and draws:
+        notes.append("With dropout, what rows begin with is computed for each of them.")
+    return loss
 
 
 def _set_checkpointing(
@@ -165,13 +179,15 @@ def _start_like_rank_0(run: Run) -> None:
 
 
 @contextmanager
-def _dense_on_a_cpu(run: Run) -> Iterator[None]:
-    """Dequantise once, where there is memory to spare: a CPU has more of it than of speed."""
-    if run.device.type != "cpu":
-        yield
-        return
-    spare_bytes = psutil.virtual_memory().available // (_SPARE_SHARE * run.comm.world_size)
-    with dense_weights(run.model, min(BUDGET_BYTES, spare_bytes)):
+def _fast_paths(run: Run) -> Iterator[None]:
+    """Pack, fuse, and dequantise once, where there is memory to spare: a CPU has more of it."""
+    with ExitStack() as stack:
+        if run.loss.packs:
+            stack.enter_context(packed_attention(run.model))
+        if run.device.type == "cpu":
+            spare_bytes = psutil.virtual_memory().available // (_SPARE_SHARE * run.comm.world_size)
+            fused = stack.enter_context(fused_products(run.model, min(BUDGET_BYTES, spare_bytes)))
+            stack.enter_context(dense_weights(run.model, fused.spare_bytes, fused.base_layers))
         yield
 
 

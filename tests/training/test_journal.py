@@ -12,7 +12,7 @@ def step(number: int) -> StepMetrics:
         grad_norm=2.0,
         num_tokens=5,
         num_supervised_tokens=4,
-        num_padded_tokens=6,
+        num_computed_tokens=6,
         seconds=0.1,
         tokens_per_s=50.0,
         supervised_tokens_per_s=40.0,

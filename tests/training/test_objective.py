@@ -1,3 +1,5 @@
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ from qlora_core.config import AdapterConfig
 from qlora_core.data.prepared import IGNORED, Rows, read_split
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
-from qlora_core.training.objective import LossFunction, collate
+from qlora_core.modeling.packing import packed_attention
+from qlora_core.modeling.products import fused_products
+from qlora_core.training.objective import LossFunction, collate, common_prefix, pack
 
 CPU = torch.device("cpu")
 
@@ -22,27 +26,42 @@ def adapted(folder):
     return model.train()
 
 
+def transformers_loss(model, rows: Rows, chunk) -> torch.Tensor:
+    """Mean loss of padded rows with an attention mask, as transformers computes it."""
+    lengths = torch.tensor(rows.lengths[chunk])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids, labels = torch.zeros(mask.shape).long(), torch.full(mask.shape, IGNORED)
+    for place, row in enumerate(chunk):
+        ids[place, : lengths[place]] = torch.tensor(rows.input_ids(row))
+        labels[place, : lengths[place]] = torch.tensor(rows.labels(row))
+    return model(input_ids=ids, attention_mask=mask.long(), labels=labels).loss
+
+
 def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["padded", "packed and fused"])
 @pytest.mark.parametrize("base", ["nf4_base", "float_base"])
-def test_loss_and_gradients_are_those_of_transformers_and_peft(base, dataset, request):
+def test_loss_and_gradients_are_those_of_transformers_and_peft(base, fast, dataset, request):
     model = adapted(request.getfixturevalue(base))
     rows, chunk = read_split(dataset, "train"), np.array([0, 3, 5, 7])
-    batch = collate(rows, chunk, CPU)
     num_supervised = int(rows.num_supervised[chunk].sum())
-
-    loss = LossFunction(model)(batch) / num_supervised
-    loss.backward()
+    loss_function = LossFunction(model)
+    with ExitStack() as stack:
+        if fast:
+            loss_function.try_packing(rows, CPU)
+            assert loss_function.packs
+            stack.enter_context(packed_attention(model))
+            assert len(stack.enter_context(fused_products(model, 10**9)).base_layers) == 14
+        loss = loss_function(loss_function.batch(rows, chunk, CPU)) / num_supervised
+        loss.backward()
     ours = gradients(model)
 
     model.zero_grad()
-    mask = torch.arange(batch.input_ids_BT.shape[1]) < torch.tensor(rows.lengths[chunk])[:, None]
-    theirs = model(
-        input_ids=batch.input_ids_BT, attention_mask=mask.long(), labels=batch.labels_BT
-    ).loss
+    theirs = transformers_loss(model, rows, chunk)
     theirs.backward()
+
     assert_close(loss, theirs, rtol=1e-5, atol=0)
     for name, expected in gradients(model).items():
         assert (ours[name] - expected).norm() <= 1e-5 * expected.norm(), name
@@ -82,13 +101,14 @@ def test_what_a_model_does_to_its_logits_is_kept(kind, settings, dataset):
     config = getattr(transformers, f"{kind}Config")(**settings, pad_token_id=0)
     name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
     model = getattr(transformers, name)(config).eval()
-    batch = collate(read_split(dataset, "train"), np.arange(4), CPU)
+    rows = read_split(dataset, "train")
+    batch = collate(rows, np.arange(4), CPU)
 
     loss = LossFunction(model)
     total = loss(batch)
 
-    num_supervised = (batch.labels_BT[:, 1:] != IGNORED).sum()
-    theirs = model(input_ids=batch.input_ids_BT, labels=batch.labels_BT).loss * num_supervised
+    num_supervised = int(rows.num_supervised[:4].sum())
+    theirs = transformers_loss(model, rows, np.arange(4)) * num_supervised
     assert_close(total, theirs, rtol=1e-5, atol=0)
     assert loss.notes == []
 
@@ -132,3 +152,127 @@ def test_rows_without_a_supervised_token_cost_nothing(float_base):
     loss = LossFunction(load_base(float_base))(collate(rows, np.array([0]), CPU))
 
     assert float(loss) == 0.0
+
+
+def rows_of(*pairs: tuple[list[int], int]) -> Rows:
+    """Rows of tokens, each supervised from some place on."""
+    ids = [np.array(tokens, np.int32) for tokens, _ in pairs]
+    labels = [np.where(np.arange(len(tokens)) < first, IGNORED, tokens) for tokens, first in pairs]
+    ends = np.cumsum([0, *(len(row) for row in ids)])
+    return Rows(np.concatenate(ids), np.concatenate(labels).astype(np.int32), ends)
+
+
+COMMON = [11, 12, 13, 14, 15, 16]
+
+
+def test_a_shared_prefix_ends_before_rows_differ_and_before_anything_is_predicted():
+    both = np.arange(2)
+
+    differing = rows_of(([*COMMON, 20, 21], 7), ([*COMMON, 30, 31, 32], 8))
+    supervised = rows_of(([*COMMON, 20, 21], 5), ([*COMMON, 20, 31], 7))
+    whole = rows_of((COMMON, 9), ([*COMMON, 20], 6))
+
+    assert common_prefix(differing, both) == 6
+    assert common_prefix(supervised, both) == 4  # token 5 is predicted at position 4
+    assert common_prefix(whole, both) == 5  # each row keeps a token of its own
+    assert common_prefix(differing, both[:1]) == 0
+
+
+@pytest.mark.parametrize("base", ["nf4_base", "float_base"])
+def test_computing_a_shared_prefix_once_changes_neither_loss_nor_gradients(base, request):
+    random = np.random.default_rng(0)
+    rows = rows_of(
+        *(([*COMMON, *random.integers(10, 40, n)], len(COMMON) + 2) for n in (5, 9, 4, 12))
+    )
+    chunk = np.arange(4)
+    model = adapted(request.getfixturevalue(base))
+    loss_function = LossFunction(model)
+
+    with packed_attention(model), fused_products(model, 10**9):
+        batch = pack(rows, chunk, CPU, shares_prefix=True)
+        loss = loss_function(batch)
+        loss.backward()
+    ours = gradients(model)
+    model.zero_grad()
+    theirs = transformers_loss(model, rows, chunk) * int(rows.num_supervised.sum())
+    theirs.backward()
+
+    assert batch.input_ids_BT.shape == (1, 6 + 5 + 9 + 4 + 12)
+    assert_close(loss, theirs, rtol=1e-5, atol=0)
+    for name, expected in gradients(model).items():
+        assert (ours[name] - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+SMALL_MODEL = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("Llama", {}),
+        ("Mistral", {"sliding_window": 6}),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+        ("Qwen3", {"head_dim": 16}),
+        ("Gemma2", {"head_dim": 16, "sliding_window": 6, "attn_logit_softcapping": 2.0}),
+        ("Gemma3Text", {"head_dim": 16, "sliding_window": 6}),
+        ("Phi", {}),
+        ("Phi3", {}),
+        ("Olmo2", {}),
+        ("Granite", {"logits_scaling": 7.0}),
+        ("SmolLM3", {}),
+    ],
+)
+def test_rows_of_common_architectures_are_packed_to_the_same_loss(kind, settings, dataset):
+    model = small_model(kind, SMALL_MODEL | settings)
+    rows = read_split(dataset, "train")
+    loss = LossFunction(model)
+
+    loss.try_packing(rows, CPU)
+    with packed_attention(model):
+        total = loss(loss.batch(rows, np.arange(8), CPU))
+
+    theirs = transformers_loss(model, rows, np.arange(8)) * int(rows.num_supervised[:8].sum())
+    assert loss.notes == []
+    assert_close(total, theirs, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("Mamba", {"state_size": 8, "expand": 2}),
+        ("Bloom", {"n_head": 4, "n_layer": 2}),
+        ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16}),
+    ],
+)
+def test_models_that_look_across_rows_or_attend_otherwise_are_padded_and_it_is_said(
+    kind, settings, dataset
+):
+    model = small_model(kind, SMALL_MODEL | settings)
+    rows = read_split(dataset, "train")
+    loss = LossFunction(model)
+
+    loss.try_packing(rows, CPU)
+    total = loss(loss.batch(rows, np.arange(4), CPU))
+
+    theirs = transformers_loss(model, rows, np.arange(4)) * int(rows.num_supervised[:4].sum())
+    assert not loss.packs
+    assert "padded, not packed" in loss.notes[0]
+    assert_close(total, theirs, rtol=1e-5, atol=0)
+
+
+def small_model(kind: str, settings: dict):
+    import transformers
+
+    name = kind.removesuffix("Text")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{kind}Config")(**settings)
+        return getattr(transformers, f"{name}ForCausalLM")(config).eval()
