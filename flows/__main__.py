@@ -251,6 +251,8 @@ def sync(store: Annotated[Path | None, typer.Option(help="Folder of the store.")
 
 def main() -> None:
     """Run the command line, and turn errors into a text and an exit code."""
+    # Before torch is loaded: threads that wait actively take the cores of training beside them.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Says on import that a kernel cannot be fetched from a hub, which we never want it to.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:

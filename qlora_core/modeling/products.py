@@ -20,6 +20,7 @@ Dims: N tokens, I in features, O out features (of all stacked layers together), 
 Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; the gradients follow by the chain rule.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -118,25 +119,33 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
+class _Found(threading.local):
+    """What the first layer of a group computed for the others; each thread has its own."""
+
+    def __init__(self) -> None:
+        self.input: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}
+
+
 @dataclass
 class _Product:
-    """The layers of one group, and what the first called has computed for the others."""
+    """The layers of one group and their stacked weight."""
 
     layers: Sequence[Any]
     kept_OI: Tensor | None
-    _input: Tensor | None = None
-    _outputs: dict[int, Tensor] = field(default_factory=dict)
+    _found: _Found = field(default_factory=_Found)
 
     def weight(self) -> Tensor:
         return _kept(self.layers) if self.kept_OI is None else self.kept_OI
 
     def forward_of(self, place: int) -> Callable[..., Tensor]:
         def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
-            if x is not self._input or place not in self._outputs:
-                self._input, self._outputs = x, dict(enumerate(self._compute(x)))
-            output = self._outputs.pop(place)
-            if not self._outputs:
-                self._input = None
+            found = self._found
+            if x is not found.input or place not in found.outputs:
+                found.input, found.outputs = x, dict(enumerate(self._compute(x)))
+            output = found.outputs.pop(place)
+            if not found.outputs:
+                found.input = None
             return output
 
         return forward

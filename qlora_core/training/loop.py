@@ -17,9 +17,10 @@ draws its own masks, so there the curve depends on the number of workers.)
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from qlora_core.errors import TrainingError
 from qlora_core.ports import StepMetrics
 from qlora_core.training.batching import Indices, Plan, deal, heldout_rows
 from qlora_core.training.comm import Comm
+from qlora_core.training.lanes import Lanes
 from qlora_core.training.memory import peak_memory_bytes
 from qlora_core.training.objective import LossFunction
 from qlora_core.training.optimizer import FlatGradients, Parameters
@@ -69,10 +71,18 @@ class Run:
     device: torch.device
     seed: int
     loss: LossFunction
+    lanes: Lanes = Lanes()  # noqa: RUF009  # frozen
     gradients: FlatGradients = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gradients", FlatGradients(self.parameters))
+
+
+@dataclass(frozen=True)
+class _Part:
+    gradients: Sequence[Tensor | None]
+    loss: Tensor
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -106,11 +116,16 @@ def measure_heldout(run: Run) -> float:
     rows = heldout_rows(len(run.heldout), run.config.heldout_rows)
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     run.model.eval()
-    with torch.no_grad():
-        for chunk in _shares(run, rows, run.heldout)[run.comm.rank]:
-            total += run.loss(run.loss.batch(run.heldout, chunk, run.device))
+    for chunk in _shares(run, rows, run.heldout)[run.comm.rank]:
+        for loss in run.lanes.map(partial(_heldout_loss, run), chunk, run.heldout):
+            total += loss
     run.comm.all_reduce_sum(total)
     return float(total) / max(1, int(run.heldout.num_supervised[rows].sum()))
+
+
+@torch.no_grad()  # of the thread that calls it
+def _heldout_loss(run: Run, chunk: Indices) -> Tensor:
+    return run.loss(run.loss.batch(run.heldout, chunk, run.device))
 
 
 def keep_best(run: Run, position: Position) -> int:
@@ -132,14 +147,25 @@ def _add_up_gradients(run: Run, step: int) -> int:
     run.model.train()
     with _seeded(run, step):
         for chunk in shares[run.comm.rank]:
-            batch = run.loss.batch(run.train, chunk, run.device)
-            loss = run.loss(batch) / num_supervised
-            if loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
-            run.gradients.loss.add_(loss.detach())
-            run.gradients.num_computed.add_(batch.input_ids_BT.numel())
+            for part in run.lanes.map(
+                partial(_differentiate, run, num_supervised), chunk, run.train
+            ):
+                run.gradients.add(part.gradients)
+                run.gradients.loss.add_(part.loss)
+                run.gradients.num_computed.add_(part.num_tokens)
     run.comm.all_reduce_sum(run.gradients.message)
     return int(run.gradients.num_computed)
+
+
+def _differentiate(run: Run, num_supervised: int, chunk: Indices) -> _Part:
+    """Return what the rows of ``chunk`` add to the step."""
+    batch = run.loss.batch(run.train, chunk, run.device)
+    loss = run.loss(batch) / num_supervised
+    parameters = list(run.parameters.values())
+    gradients: Sequence[Tensor | None] = [None] * len(parameters)
+    if loss.requires_grad:  # something is supervised
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return _Part(gradients, loss.detach(), batch.input_ids_BT.numel())
 
 
 def _update(run: Run, step: int) -> _Update:

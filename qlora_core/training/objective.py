@@ -18,6 +18,7 @@ causal model nothing real looks at what comes after it, and attention is fastest
 Dims: B rows, T tokens of the longest (packed: B = 1, T = N), V vocabulary, K supervised positions.
 """
 
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +94,16 @@ def common_prefix(rows: Rows, chunk: Indices) -> int:
     return length if length >= _MIN_PREFIX else 0
 
 
+class _Kept(threading.local):
+    """What the hook before the head keeps in this thread's next call; None: everything."""
+
+    positions_BT: Tensor | None = None
+
+    def keep(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        positions_BT, self.positions_BT = self.positions_BT, None
+        return None if positions_BT is None else (args[0][positions_BT][None], *args[1:])
+
+
 @dataclass
 class LossFunction:
     """Computes losses of one model; remembers which way works for it.
@@ -109,6 +120,14 @@ class LossFunction:
     packs: bool = False
     """Rows are packed; the model must attend by `packed_attention` then."""
     _head_is_called: bool = True
+    _kept: _Kept = field(default_factory=_Kept)
+
+    def __post_init__(self) -> None:
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        if head is None:
+            self._head_is_called = False
+        else:
+            head.register_forward_pre_hook(self._kept.keep)
 
     def batch(self, rows: Rows, chunk: Indices, device: torch.device) -> Batch:
         """Return the rows of ``chunk`` as this model takes them."""
@@ -165,10 +184,13 @@ class LossFunction:
 
     def _logits(self, batch: Batch, keep_BT: Tensor) -> Tensor:
         """Return the (K, V) logits at the positions to keep."""
-        head = self.model.get_output_embeddings() if self._head_is_called else None  # type: ignore[operator]
-        if head is None:
+        if not self._head_is_called:
             return self._forward(batch)[keep_BT]
-        logits, was_called = self._with_hook(head, batch, keep_BT)
+        self._kept.positions_BT = keep_BT
+        try:
+            logits = self._forward(batch)
+        finally:
+            was_called, self._kept.positions_BT = self._kept.positions_BT is None, None
         if was_called:
             return logits[0]
         self._head_is_called = False
@@ -177,19 +199,6 @@ class LossFunction:
             "computed at all positions: correct, but slower and larger."
         )
         return logits[keep_BT]
-
-    def _with_hook(self, head: nn.Module, batch: Batch, keep_BT: Tensor) -> tuple[Tensor, bool]:
-        calls = []
-
-        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            calls.append(1)
-            return (args[0][keep_BT][None], *args[1:])
-
-        handle = head.register_forward_pre_hook(keep)
-        try:
-            return self._forward(batch), bool(calls)
-        finally:
-            handle.remove()
 
     def _forward(self, batch: Batch) -> Tensor:
         options: dict[str, Any] = {}

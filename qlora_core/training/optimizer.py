@@ -1,14 +1,14 @@
 """Gradients as one vector, and AdamW on the float32 adapter.
 
-The backward pass adds straight into views of one flat vector. So adding up over workers is one
-collective, the global norm is one reduction, and nothing is copied. Two more places at its end let
+Gradients are added into views of one flat vector. So adding up over workers is one collective, and
+the global norm is one reduction. Two more places at its end let
 the step's loss and the tokens computed travel along.
 
 Dims: P trainable parameters, all tensors together.
 Source: Loshchilov & Hutter 2019, arXiv:1711.05101; Dettmers et al. 2022, arXiv:2110.02861 (8-bit).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,10 @@ class FlatGradients:
         size = sum(owner.numel() for owner in owners)
         self._all = torch.zeros(size + 2, dtype=torch.float32, device=owners[0].device)
         self.flat_P, self.loss, self.num_computed = self._all[:-2], self._all[-2], self._all[-1]
-        views = torch.split(self.flat_P, [owner.numel() for owner in owners])
-        for owner, view in zip(owners, views, strict=True):
-            owner.grad = view.view_as(owner)
+        parts = torch.split(self.flat_P, [owner.numel() for owner in owners])
+        self._views = [part.view_as(owner) for part, owner in zip(parts, owners, strict=True)]
+        for owner, view in zip(owners, self._views, strict=True):
+            owner.grad = view
 
     @property
     def message(self) -> Tensor:
@@ -45,6 +46,13 @@ class FlatGradients:
     def zero(self) -> None:
         """Start a new step."""
         self._all.zero_()
+
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add one gradient for each parameter; None where nothing depends on it."""
+        pairs = zip(self._views, gradients, strict=True)
+        known = [(view, gradient) for view, gradient in pairs if gradient is not None]
+        if known:
+            torch._foreach_add_([view for view, _ in known], [gradient for _, gradient in known])
 
     def clip(self, max_norm: float) -> float:
         """Scale the gradients down to a global norm of ``max_norm``; return the norm before."""

@@ -11,6 +11,7 @@ the same for the same job on the same number of workers. What was measured goes 
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -30,6 +31,7 @@ from qlora_core.training import snapshot
 from qlora_core.training.batching import Plan, make_plan
 from qlora_core.training.comm import Comm
 from qlora_core.training.desk import job_fingerprint, open_desk
+from qlora_core.training.lanes import open_lanes
 from qlora_core.training.loop import Position, Run, train
 from qlora_core.training.memory import activations_fit
 from qlora_core.training.objective import LossFunction
@@ -72,8 +74,8 @@ def run_worker(
     if comm.rank == 0:
         desk = open_desk(run, job, snapshots, launch, position.step, steps, notes)
         desk.tell(on_step)
-    with _memory_errors(job), _fast_paths(run):
-        for metrics in train(run, position):
+    with _memory_errors(job), _fast_paths(run) as fast:
+        for metrics in train(fast, position):
             if comm.rank == 0:
                 desk.record(metrics, position)
                 desk.tell(on_step)
@@ -179,7 +181,7 @@ def _start_like_rank_0(run: Run) -> None:
 
 
 @contextmanager
-def _fast_paths(run: Run) -> Iterator[None]:
+def _fast_paths(run: Run) -> Iterator[Run]:
     """Pack, fuse, and dequantise once, where there is memory to spare: a CPU has more of it."""
     with ExitStack() as stack:
         if run.loss.packs:
@@ -188,7 +190,10 @@ def _fast_paths(run: Run) -> Iterator[None]:
             spare_bytes = psutil.virtual_memory().available // (_SPARE_SHARE * run.comm.world_size)
             fused = stack.enter_context(fused_products(run.model, min(BUDGET_BYTES, spare_bytes)))
             stack.enter_context(dense_weights(run.model, fused.spare_bytes, fused.base_layers))
-        yield
+            if run.loss.shares_prefix:  # nothing is drawn
+                num_lanes = min(torch.get_num_threads(), run.config.micro_batch)
+                run = replace(run, lanes=stack.enter_context(open_lanes(num_lanes)))
+        yield run
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_core.training.batching import deal, heldout_rows, make_plan, padded_tokens
+from qlora_core.training.lanes import share
 
 sizes = st.integers(1, 40)
 
@@ -112,3 +113,13 @@ def test_heldout_rows_are_a_fixed_sample():
     assert len(heldout_rows(1000, 50)) == 50
     assert heldout_rows(3, 50).tolist() == [0, 1, 2]
     assert np.array_equal(heldout_rows(1000, 50), heldout_rows(1000, 50))
+
+
+def test_lanes_get_every_row_once_and_about_equally_many_tokens():
+    lengths = np.array([50, 3, 40, 20, 7, 30, 5, 9])
+
+    parts = share(np.arange(8), lengths, 3)
+
+    assert sorted(np.concatenate(parts)) == list(range(8))
+    assert [int(lengths[part].sum()) for part in parts] == [55, 56, 53]
+    assert [len(part) for part in share(np.array([4, 1]), lengths, 3)] == [1, 1]

@@ -86,6 +86,38 @@ def test_neither_micro_batch_nor_number_of_workers_changes_the_curve(
     assert heldout(steps) == pytest.approx(heldout(reference), rel=1e-5)
 
 
+@pytest.mark.parametrize("num_threads", [2, 3, 16])
+def test_lanes_change_the_curve_by_no_more_than_rounding_and_are_repeatable(num_threads, make_job):
+    reference = curve(make_job("reference"))
+    torch.set_num_threads(num_threads)  # the fixture puts it back
+
+    steps, again = curve(make_job("lanes")), curve(make_job("again"))
+
+    assert losses(steps) == pytest.approx(losses(reference), rel=1e-5)
+    assert heldout(steps) == pytest.approx(heldout(reference), rel=1e-5)
+    assert losses(steps) == losses(again)
+    assert (make_job("lanes").out / "adapter_model.safetensors").read_bytes() == (
+        make_job("again").out / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_an_error_in_a_lane_is_the_trainings_error(make_job):
+    torch.set_num_threads(2)
+
+    with pytest.raises(TrainingError, match="at step"):
+        curve(make_job(learning_rate=1e30, warmup=0.0))
+
+
+def test_tokens_computed_are_counted_over_all_workers_and_lanes(make_job):
+    steps = curve(make_job("packed"))
+    torch.set_num_threads(2)
+    lanes = curve(make_job("lanes"), world_size=2)
+
+    for step, spread in zip(steps, lanes, strict=True):
+        assert step.num_computed_tokens == step.num_tokens  # packed, and nothing to share
+        assert spread.num_computed_tokens == step.num_tokens
+
+
 def test_more_workers_than_rows_of_a_step_work(make_job):
     reference = curve(make_job("reference", global_batch=2, micro_batch=1, max_steps=3))
 
