@@ -29,6 +29,7 @@ from qlora_core.errors import LaunchError, storage_error
 
 LOOPBACK = "127.0.0.1"
 _PORTS_TRIED = 100
+_RACES_LOST = 5
 _PATIENCE_S = 60.0  # with a recorded server that runs but does not answer: still starting, or stuck
 _TAIL_CHARS = 1500
 
@@ -108,8 +109,24 @@ def secret(path: Path) -> str:
 
 
 def _start(kind: ServerKind, folder: Path, port: int) -> Running:
+    """Start on the first free port; a server takes it seconds later, so others may be faster."""
+    for _ in range(_RACES_LOST):
+        port = _free_port(port)
+        running, why = _try(kind, folder, port)
+        if running is not None:
+            return running
+        if _free_port(port) == port:  # still free, so that was not the reason
+            break
+    raise LaunchError(
+        f"the local {kind.name} server {why}",
+        why=(folder / f"{kind.name}.log").read_text(errors="replace")[-_TAIL_CHARS:].strip(),
+        fix=f"Its whole log is {folder / kind.name}.log; `qlora doctor` tries it out by itself.",
+    )
+
+
+def _try(kind: ServerKind, folder: Path, port: int) -> tuple[Running | None, str]:
+    """Start on this port; return the server, or what it did instead of answering."""
     log = folder / f"{kind.name}.log"
-    port = _free_port(port)
     with log.open("wb") as output:
         process = subprocess.Popen(
             kind.command(port),
@@ -125,15 +142,10 @@ def _start(kind: ServerKind, folder: Path, port: int) -> Running:
     )
     _write_private(folder / f"{kind.name}.json", running.model_dump_json())
     if _comes_up(kind, running, kind.timeout_s):
-        return running
+        return running, ""
     code = process.poll()
     _end(running)
-    raise LaunchError(
-        f"the local {kind.name} server "
-        + ("never answered." if code is None else f"ended with code {code}."),
-        why=log.read_text(errors="replace")[-_TAIL_CHARS:].strip(),
-        fix=f"Its whole log is {log}; `qlora doctor` tries it out by itself.",
-    )
+    return None, "never answered." if code is None else f"ended with code {code}."
 
 
 def _comes_up(kind: ServerKind, running: Running, patience_s: float) -> bool:

@@ -1,5 +1,6 @@
 """The local servers: one for all callers, found again, private, ended with all they started."""
 
+import dataclasses
 import json
 import multiprocessing
 import socket
@@ -111,6 +112,21 @@ def test_a_port_that_is_taken_is_passed_over(tmp_path):
 
     assert running.port > taken
     local_server.stop("small", tmp_path)
+
+
+def test_a_port_that_somebody_takes_before_the_server_does_is_passed_over(tmp_path):
+    kind, others = small_server(), []
+
+    def command(port: int) -> list[str]:
+        if not others:
+            others.append(socket.create_server(("127.0.0.1", port)))
+        return kind.command(port)
+
+    running = local_server.ensure(dataclasses.replace(kind, command=command), tmp_path)
+
+    assert running.port > others[0].getsockname()[1]
+    assert local_server.stop("small", tmp_path)
+    others[0].close()
 
 
 def test_a_server_that_fails_is_told_with_the_end_of_its_log(tmp_path):
