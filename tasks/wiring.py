@@ -34,6 +34,8 @@ F = TypeVar("F", bound=Facts)
 SHOWN = {f"{subject}_report": f"evaluate {subject}" for subject in ("base", "tuned", "merged")}
 """Names that stages show themselves by, by role, where it is not the stage's name."""
 
+_PATIENCE_S = 30.0  # of the registry, until MLflow has made the run that its models belong to
+
 Keep = Callable[[str, Artifact[Any], bool], None]
 """Told of every artefact: its role in the run, the artefact, whether the store had it."""
 
@@ -218,7 +220,7 @@ def _registry(config: RunConfig, tracker: MlflowTracker) -> MlflowRegistry:
         place.tracking_uri,
         places.experiment(config),
         place.artifact_location,
-        lambda: tracker.run_id,
+        lambda: tracker.wait_for_run_id(_PATIENCE_S),
     )
 
 
