@@ -46,14 +46,16 @@ def test_a_second_call_finds_the_server_of_the_first(tmp_path):
     assert local_server.stop("small", tmp_path)
 
 
-def _ensure(folder, results):
+def _ensure(folder, all_up, results):
+    all_up.wait(60)
     results.put(local_server.ensure(small_server(), folder).pid)
 
 
 def test_six_callers_at_once_share_one_server(tmp_path):
-    fork = multiprocessing.get_context("fork")
-    results = fork.Queue()
-    callers = [fork.Process(target=_ensure, args=(tmp_path, results)) for _ in range(6)]
+    spawn = multiprocessing.get_context("spawn")  # a forked copy of a process with Prefect is ill
+    results = spawn.Queue()
+    arguments = (tmp_path, spawn.Barrier(6), results)
+    callers = [spawn.Process(target=_ensure, args=arguments) for _ in range(6)]
 
     for caller in callers:
         caller.start()
