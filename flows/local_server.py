@@ -6,7 +6,8 @@ small file, written as soon as the server's process exists so that none is ever 
 a recorded pid is believed only together with the moment its process started: pids are used again.
 
 A port is kept for the next start, so an address in a browser's history stays good; when somebody
-else has it by then, the next free one is taken.
+else has it by then, the next free one is taken. Seconds pass between looking for a free port and
+listening there, so another home's server may be quicker: then it is theirs, and we look again.
 """
 
 import fcntl
@@ -29,6 +30,7 @@ from qlora_core.errors import LaunchError, storage_error
 
 LOOPBACK = "127.0.0.1"
 _PORTS_TRIED = 100
+_STARTS_TRIED = 5
 _PATIENCE_S = 60.0  # with a recorded server that runs but does not answer: still starting, or stuck
 _TAIL_CHARS = 1500
 
@@ -109,7 +111,26 @@ def secret(path: Path) -> str:
 
 def _start(kind: ServerKind, folder: Path, port: int) -> Running:
     log = folder / f"{kind.name}.log"
-    port = _free_port(port)
+    for _ in range(_STARTS_TRIED):
+        port = _free_port(port)
+        process, running = _launch(kind, folder, port, log)
+        if _comes_up(kind, running, kind.timeout_s):
+            return running
+        code = process.poll()
+        _end(running)
+        if _free_port(port) == port:
+            break  # it is free, so the server failed for a reason of its own
+    raise LaunchError(
+        f"the local {kind.name} server "
+        + ("never answered." if code is None else f"ended with code {code}."),
+        why=log.read_text(errors="replace")[-_TAIL_CHARS:].strip(),
+        fix=f"Its whole log is {log}; `qlora doctor` tries it out by itself.",
+    )
+
+
+def _launch(
+    kind: ServerKind, folder: Path, port: int, log: Path
+) -> tuple[subprocess.Popen[bytes], Running]:
     with log.open("wb") as output:
         process = subprocess.Popen(
             kind.command(port),
@@ -120,33 +141,34 @@ def _start(kind: ServerKind, folder: Path, port: int) -> Running:
             stderr=output,
             start_new_session=True,
         )
-    running = Running(
-        pid=process.pid, process_started=psutil.Process(process.pid).create_time(), port=port
-    )
+    started = psutil.Process(process.pid).create_time()
+    running = Running(pid=process.pid, process_started=started, port=port)
     _write_private(folder / f"{kind.name}.json", running.model_dump_json())
-    if _comes_up(kind, running, kind.timeout_s):
-        return running
-    code = process.poll()
-    _end(running)
-    raise LaunchError(
-        f"the local {kind.name} server "
-        + ("never answered." if code is None else f"ended with code {code}."),
-        why=log.read_text(errors="replace")[-_TAIL_CHARS:].strip(),
-        fix=f"Its whole log is {log}; `qlora doctor` tries it out by itself.",
-    )
+    return process, running
 
 
 def _comes_up(kind: ServerKind, running: Running, patience_s: float) -> bool:
     deadline = time.monotonic() + patience_s
     while _process(running) and time.monotonic() < deadline:
-        if kind.answers(running.url):
+        if _is_well(kind, running):
             return True
         time.sleep(0.1)
     return False
 
 
 def _is_well(kind: ServerKind, running: Running) -> bool:
-    return _process(running) is not None and kind.answers(running.url)
+    return kind.answers(running.url) and _listens(running)
+
+
+def _listens(running: Running) -> bool:
+    """Say whether it is this server that has the port: another home's may answer just as well."""
+    leader = _process(running)
+    try:
+        family = [leader, *leader.children(recursive=True)] if leader else []
+        connections = [c for process in family for c in process.net_connections(kind="tcp")]
+    except psutil.NoSuchProcess:  # it ended while it was asked
+        return False
+    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == running.port for c in connections)
 
 
 def _process(running: Running) -> psutil.Process | None:

@@ -5,8 +5,11 @@ import multiprocessing
 import socket
 import stat
 import sys
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor, wait
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 
 import psutil
 import pytest
@@ -113,6 +116,32 @@ def test_a_port_that_is_taken_is_passed_over(tmp_path):
 
     assert running.port > taken
     local_server.stop("small", tmp_path)
+
+
+def test_a_port_that_somebody_else_takes_while_the_server_starts_is_left_to_them(tmp_path):
+    patient = "import pathlib, time\nwhile not pathlib.Path('go').exists(): time.sleep(0.02)\n"
+    with ThreadPoolExecutor() as threads, socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+        probe.close()
+        starting = threads.submit(
+            local_server.ensure, small_server(patient + HTTP, first_port=port), tmp_path
+        )
+        while not (tmp_path / "small.json").exists():
+            time.sleep(0.02)
+        with HTTPServer(("127.0.0.1", port), SimpleHTTPRequestHandler) as other:
+            serving = threads.submit(other.serve_forever)
+            while not answers(f"http://127.0.0.1:{port}"):
+                time.sleep(0.02)
+            was_found = wait([starting], timeout=1.0).done
+            (tmp_path / "go").touch()
+            running = starting.result(30)
+            other.shutdown()
+            serving.result()
+
+    assert not was_found, "somebody else's server was taken for ours"
+    assert running.port > port
+    assert answers(running.url)
+    assert local_server.stop("small", tmp_path)
 
 
 def test_a_server_that_fails_is_told_with_the_end_of_its_log(tmp_path):
