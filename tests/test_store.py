@@ -4,7 +4,9 @@ import json
 import multiprocessing
 import os
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -202,7 +204,11 @@ def test_a_full_disk_is_told_and_earlier_artefacts_are_intact(store, services):
     assert store.find(spell, earlier.key) == earlier
 
 
-def _produce_slowly(root: str, log: str) -> None:
+# Not forked: a copy of a process in which Prefect ran fails on its way out, in Prefect's own exit.
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def _produce_slowly(root: str, log: str, all_up: Any) -> None:
     @stage("slow", version=1, facts=Spelled)
     def slow(ctx):
         with Path(log).open("a") as file:
@@ -211,20 +217,18 @@ def _produce_slowly(root: str, log: str) -> None:
         return Spelled(num_letters=1)
 
     services = Services(tracker=None, registry=None, launcher=None, progress=Heard())
+    all_up.wait(60)
     Store(Path(root)).produce(slow, services)
 
 
 def test_of_several_processes_that_ask_at_once_one_builds_and_all_get_it(tmp_path):
     log = tmp_path / "log"
-    context = multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=_produce_slowly, args=(str(tmp_path / "s"), str(log)))
-        for _ in range(5)
-    ]
+    arguments = (str(tmp_path / "s"), str(log), SPAWN.Barrier(5))
+    processes = [SPAWN.Process(target=_produce_slowly, args=arguments) for _ in range(5)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(60)
 
     assert [process.exitcode for process in processes] == [0] * 5
     assert log.read_text() == "ran\n"
@@ -242,13 +246,19 @@ def _hang(root: str) -> None:
     Store(Path(root)).produce(hang, services, "hello")
 
 
-def test_a_killed_builder_leaves_no_lock_and_no_rubbish_in_the_artefact(store, services):
-    process = multiprocessing.get_context("fork").Process(target=_hang, args=(str(store.root),))
+def start_hanging(store: Store) -> tuple[BaseProcess, Path]:
+    """Return a process in the middle of the stage, and the scratch folder it has written to."""
+    process = SPAWN.Process(target=_hang, args=(str(store.root),))
     process.start()
     scratch = store.scratch(spell, store.key(spell, "hello"))
-    deadline = time.monotonic() + 20
-    while not (scratch / "kept.txt").exists() and time.monotonic() < deadline:
+    while not (scratch / "kept.txt").exists():
+        assert process.is_alive()
         time.sleep(0.02)
+    return process, scratch
+
+
+def test_a_killed_builder_leaves_no_lock_and_no_rubbish_in_the_artefact(store, services):
+    process, scratch = start_hanging(store)
     process.kill()
     process.join()
 
@@ -260,11 +270,7 @@ def test_a_killed_builder_leaves_no_lock_and_no_rubbish_in_the_artefact(store, s
 
 
 def test_sweep_deletes_what_nobody_builds_and_spares_what_somebody_does(store):
-    process = multiprocessing.get_context("fork").Process(target=_hang, args=(str(store.root),))
-    process.start()
-    scratch = store.scratch(spell, store.key(spell, "hello"))
-    while not (scratch / "kept.txt").exists():
-        time.sleep(0.02)
+    process, scratch = start_hanging(store)
 
     spared = store.sweep()
     process.kill()

@@ -83,8 +83,8 @@ def _write_many(folder, first):
 
 
 def test_two_processes_may_write_to_one_journal(tmp_path):
-    fork = multiprocessing.get_context("spawn")
-    writers = [fork.Process(target=_write_many, args=(tmp_path, 1000 * i)) for i in range(2)]
+    spawn = multiprocessing.get_context("spawn")
+    writers = [spawn.Process(target=_write_many, args=(tmp_path, 1000 * i)) for i in range(2)]
     for writer in writers:
         writer.start()
     for writer in writers:

@@ -5,11 +5,13 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qlora_core.backends.memory import SilentProgress
 from qlora_core.config import RunConfig
+from qlora_core.ports import StepMetrics, TrainJob
 
 NUM_STEPS = 6
 
@@ -39,6 +41,10 @@ def tiny_recipe(store: Path, model: Path, rows: Path, **changes: Any) -> RunConf
     return RunConfig.model_validate(data)
 
 
+HELD = {"evaluate tuned": "merge_adapter"}
+"""What else could be done when a stage is stood in, and must not: it is to be killed later."""
+
+
 class Watcher(SilentProgress):
     """Notes who reported; stands still in the middle of one stage, as if somebody pulled a plug."""
 
@@ -49,7 +55,7 @@ class Watcher(SilentProgress):
     def update(self, stage: str, done: float, total: float, note: str = "") -> None:
         if note != "cached":
             self.built.add(stage)
-        self._stand(stage, done)
+            self._stand(stage, done)
 
     def say(self, stage: str, message: str) -> None:
         self._stand(stage, 0.0)
@@ -58,6 +64,15 @@ class Watcher(SilentProgress):
         if stage == self._stand_at and done >= self._at_least:
             self._standing.set()
             time.sleep(600)
+        if stage == HELD.get(self._stand_at):
+            time.sleep(600)
+
+
+class FullCluster:
+    """A launcher whose turn never comes: training has not begun, and has left no trace."""
+
+    def train(self, job: TrainJob, on_step: Callable[[StepMetrics], None]) -> None:
+        time.sleep(600)
 
 
 def child_run(
@@ -70,7 +85,9 @@ def child_run(
     from tasks.wiring import Surroundings
 
     watcher = Watcher(stand_at, at_least, standing)
-    run_recipe(config, Surroundings(watcher, InProcessLauncher(config.snapshots)))
+    beside = stand_at == "evaluate base"  # training would be over before it is its turn
+    launcher = FullCluster() if beside else InProcessLauncher(config.snapshots)
+    run_recipe(config, Surroundings(watcher, launcher))
 
 
 def child_run_on_ray(config: RunConfig, environment: dict[str, str], standing: Any) -> None:

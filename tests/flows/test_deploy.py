@@ -80,10 +80,15 @@ def test_a_scheduled_recipe_is_run_to_its_end_by_a_worker(connection, worker, sm
 
     told = deploy(small, cron="* * * * *")
 
-    def ended():
-        return [run for run in runs_of("tiny") if run.state.is_final()]
+    def begun():
+        return [run for run in runs_of("tiny") if not run.state.is_scheduled()]
 
-    (run,) = wait_for(ended)[:1]
+    def ended():
+        return [run for run in runs_of("tiny") if run.id == first.id and run.state.is_final()]
+
+    (first,) = wait_for(begun)
+    deploy(small)  # without the schedule: the next minute's run would disturb the next test
+    (run,) = wait_for(ended)
     with client() as asked:
         asked.delete_deployment(run.deployment_id)
     assert "qlora worker" in told

@@ -267,11 +267,14 @@ def test_a_run_killed_in_every_stage_one_after_the_other_is_one_run_that_loses_n
     order = (
         "prepare_dataset",
         "quantize_base",
+        "evaluate base",
         "train_adapter",
+        "evaluate tuned",
         "merge_adapter",
         "evaluate merged",
         "register_model",
     )
+    assert set(order) == ALL
     sealed: dict[str, str] = {}
 
     for stage in order:

@@ -1,13 +1,15 @@
 """The local servers: one for all callers, found again, private, ended with all they started."""
 
-import dataclasses
 import json
 import multiprocessing
 import socket
 import stat
 import sys
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor, wait
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 
 import psutil
 import pytest
@@ -47,14 +49,16 @@ def test_a_second_call_finds_the_server_of_the_first(tmp_path):
     assert local_server.stop("small", tmp_path)
 
 
-def _ensure(folder, results):
+def _ensure(folder, all_up, results):
+    all_up.wait(60)
     results.put(local_server.ensure(small_server(), folder).pid)
 
 
 def test_six_callers_at_once_share_one_server(tmp_path):
-    fork = multiprocessing.get_context("fork")
-    results = fork.Queue()
-    callers = [fork.Process(target=_ensure, args=(tmp_path, results)) for _ in range(6)]
+    spawn = multiprocessing.get_context("spawn")  # a forked copy of a process with Prefect is ill
+    results = spawn.Queue()
+    arguments = (tmp_path, spawn.Barrier(6), results)
+    callers = [spawn.Process(target=_ensure, args=arguments) for _ in range(6)]
 
     for caller in callers:
         caller.start()
@@ -114,19 +118,30 @@ def test_a_port_that_is_taken_is_passed_over(tmp_path):
     local_server.stop("small", tmp_path)
 
 
-def test_a_port_that_somebody_takes_before_the_server_does_is_passed_over(tmp_path):
-    kind, others = small_server(), []
+def test_a_port_that_somebody_else_takes_while_the_server_starts_is_left_to_them(tmp_path):
+    patient = "import pathlib, time\nwhile not pathlib.Path('go').exists(): time.sleep(0.02)\n"
+    with ThreadPoolExecutor() as threads, socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+        probe.close()
+        starting = threads.submit(
+            local_server.ensure, small_server(patient + HTTP, first_port=port), tmp_path
+        )
+        while not (tmp_path / "small.json").exists():
+            time.sleep(0.02)
+        with HTTPServer(("127.0.0.1", port), SimpleHTTPRequestHandler) as other:
+            serving = threads.submit(other.serve_forever)
+            while not answers(f"http://127.0.0.1:{port}"):
+                time.sleep(0.02)
+            was_found = wait([starting], timeout=1.0).done
+            (tmp_path / "go").touch()
+            running = starting.result(30)
+            other.shutdown()
+            serving.result()
 
-    def command(port: int) -> list[str]:
-        if not others:
-            others.append(socket.create_server(("127.0.0.1", port)))
-        return kind.command(port)
-
-    running = local_server.ensure(dataclasses.replace(kind, command=command), tmp_path)
-
-    assert running.port > others[0].getsockname()[1]
+    assert not was_found, "somebody else's server was taken for ours"
+    assert running.port > port
+    assert answers(running.url)
     assert local_server.stop("small", tmp_path)
-    others[0].close()
 
 
 def test_a_server_that_fails_is_told_with_the_end_of_its_log(tmp_path):

@@ -87,10 +87,12 @@ def test_the_adapter_is_sealed_with_its_curve_and_facts(base, data, tmp_path):
     assert facts.peak_memory_bytes > 1_000_000
 
 
-def test_the_same_inputs_give_the_same_digest(base, data, tmp_path):
+def test_the_same_inputs_give_the_same_loss_curve_and_digest(base, data, tmp_path):
     first = produce(tmp_path / "first", base, data, services())
     second = produce(tmp_path / "second", base, data, services())
 
+    assert not first.path.samefile(second.path)
+    assert read_curve(first.path) == read_curve(second.path)
     assert first.digest == second.digest
 
 
