@@ -6,7 +6,8 @@ small file, written as soon as the server's process exists so that none is ever 
 a recorded pid is believed only together with the moment its process started: pids are used again.
 
 A port is kept for the next start, so an address in a browser's history stays good; when somebody
-else has it by then, the next free one is taken.
+else has it by then, the next free one is taken. Seconds pass between looking for a free port and
+listening there, so another home's server may be quicker: then it is theirs, and we look again.
 """
 
 import fcntl
@@ -29,7 +30,7 @@ from qlora_core.errors import LaunchError, storage_error
 
 LOOPBACK = "127.0.0.1"
 _PORTS_TRIED = 100
-_RACES_LOST = 5
+_STARTS_TRIED = 5
 _PATIENCE_S = 60.0  # with a recorded server that runs but does not answer: still starting, or stuck
 _TAIL_CHARS = 1500
 
@@ -109,24 +110,27 @@ def secret(path: Path) -> str:
 
 
 def _start(kind: ServerKind, folder: Path, port: int) -> Running:
-    """Start on the first free port; a server takes it seconds later, so others may be faster."""
-    for _ in range(_RACES_LOST):
+    log = folder / f"{kind.name}.log"
+    for _ in range(_STARTS_TRIED):
         port = _free_port(port)
-        running, why = _try(kind, folder, port)
-        if running is not None:
+        process, running = _launch(kind, folder, port, log)
+        if _comes_up(kind, running, kind.timeout_s):
             return running
-        if _free_port(port) == port:  # still free, so that was not the reason
-            break
+        code = process.poll()
+        _end(running)
+        if _free_port(port) == port:
+            break  # it is free, so the server failed for a reason of its own
     raise LaunchError(
-        f"the local {kind.name} server {why}",
-        why=(folder / f"{kind.name}.log").read_text(errors="replace")[-_TAIL_CHARS:].strip(),
-        fix=f"Its whole log is {folder / kind.name}.log; `qlora doctor` tries it out by itself.",
+        f"the local {kind.name} server "
+        + ("never answered." if code is None else f"ended with code {code}."),
+        why=log.read_text(errors="replace")[-_TAIL_CHARS:].strip(),
+        fix=f"Its whole log is {log}; `qlora doctor` tries it out by itself.",
     )
 
 
-def _try(kind: ServerKind, folder: Path, port: int) -> tuple[Running | None, str]:
-    """Start on this port; return the server, or what it did instead of answering."""
-    log = folder / f"{kind.name}.log"
+def _launch(
+    kind: ServerKind, folder: Path, port: int, log: Path
+) -> tuple[subprocess.Popen[bytes], Running]:
     with log.open("wb") as output:
         process = subprocess.Popen(
             kind.command(port),
@@ -137,28 +141,34 @@ def _try(kind: ServerKind, folder: Path, port: int) -> tuple[Running | None, str
             stderr=output,
             start_new_session=True,
         )
-    running = Running(
-        pid=process.pid, process_started=psutil.Process(process.pid).create_time(), port=port
-    )
+    started = psutil.Process(process.pid).create_time()
+    running = Running(pid=process.pid, process_started=started, port=port)
     _write_private(folder / f"{kind.name}.json", running.model_dump_json())
-    if _comes_up(kind, running, kind.timeout_s):
-        return running, ""
-    code = process.poll()
-    _end(running)
-    return None, "never answered." if code is None else f"ended with code {code}."
+    return process, running
 
 
 def _comes_up(kind: ServerKind, running: Running, patience_s: float) -> bool:
     deadline = time.monotonic() + patience_s
     while _process(running) and time.monotonic() < deadline:
-        if kind.answers(running.url):
+        if _is_well(kind, running):
             return True
         time.sleep(0.1)
     return False
 
 
 def _is_well(kind: ServerKind, running: Running) -> bool:
-    return _process(running) is not None and kind.answers(running.url)
+    return kind.answers(running.url) and _listens(running)
+
+
+def _listens(running: Running) -> bool:
+    """Say whether it is this server that has the port: another home's may answer just as well."""
+    leader = _process(running)
+    try:
+        family = [leader, *leader.children(recursive=True)] if leader else []
+        connections = [c for process in family for c in process.net_connections(kind="tcp")]
+    except psutil.NoSuchProcess:  # it ended while it was asked
+        return False
+    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == running.port for c in connections)
 
 
 def _process(running: Running) -> psutil.Process | None:
