@@ -11,13 +11,13 @@ interrupted at the keyboard is `Cancelled`, which the engine would call a crash.
 """
 
 import logging
+import re
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import UUID
 
 from prefect import runtime
@@ -31,11 +31,13 @@ from flows import records, tracking
 from flows.records import OpenRecord
 from qlora_core.artifacts import Artifact
 from qlora_core.backends.journal import RunStatus
-from qlora_core.backends.mlflow_tracking import MlflowTracker, TrackingReport
+from qlora_core.backends.mlflow_tracking import MlflowTracker, TrackingReport, flatten
 from qlora_core.config import RunConfig
 from qlora_core.errors import ConfigError
 from tasks import places, wiring
 from tasks.wiring import Workspace
+
+_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 INTERRUPTIONS = (KeyboardInterrupt, TerminationSignal)
 _MLFLOW_STATUS: dict[records.State, RunStatus] = {
@@ -129,13 +131,18 @@ def refuse_secrets(config: RunConfig) -> None:
     Raises:
         ConfigError: An address in it has one.
     """
-    uri = config.workspace.tracking_uri
-    if uri and urlsplit(uri).password:
+    found = [name for name, value in flatten(config).items() if _has_password(value)]
+    if found:
         raise ConfigError(
-            "workspace.tracking_uri holds a password.",
+            f"{' and '.join(found)} holds a password.",
             why="Recipes are kept in clear by Prefect, MLflow and the run's record.",
-            fix="Take it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.",
+            fix="Take it out, and give it through the environment: MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, HF_TOKEN, or what the storage's own client reads.",
         )
+
+
+def _has_password(value: object) -> bool:
+    return isinstance(value, str) and _PASSWORD.search(value) is not None
 
 
 def _open(config: RunConfig, record: OpenRecord, tracker: MlflowTracker) -> ActiveRun:

@@ -237,12 +237,15 @@ def task_states_now(store: Path, run_id: str) -> list[tuple[str, int]]:
     return [(t.name, t.run_count) for t in found]
 
 
-def test_a_password_in_the_recipe_is_refused_before_anybody_stores_it(recipe, store):
-    uri = "https://me:hunter2@mlflow.example"
+@pytest.mark.parametrize(
+    ("part", "field"),
+    [("workspace", "tracking_uri"), ("dataset", "source"), ("cluster", "address")],
+)
+def test_a_password_in_the_recipe_is_refused_before_anybody_stores_it(recipe, store, part, field):
     before = len(records(store))
 
-    with pytest.raises(ConfigError, match="holds a password"):
-        run(changed(recipe, "workspace", tracking_uri=uri))
+    with pytest.raises(ConfigError, match=f"{part}.{field} holds a password"):
+        run(changed(recipe, part, **{field: "https://me:hunter2@somewhere.example"}))
 
     assert len(records(store)) == before
 
