@@ -10,6 +10,7 @@ else has it by then, the next free one is taken. Seconds pass between looking fo
 listening there, so another home's server may be quicker: then it is theirs, and we look again.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -33,6 +34,7 @@ _PORTS_TRIED = 100
 _STARTS_TRIED = 5
 _PATIENCE_S = 60.0  # with a recorded server that runs but does not answer: still starting, or stuck
 _TAIL_CHARS = 1500
+_IN_USE = os.strerror(errno.EADDRINUSE).lower()
 
 
 class Running(Frozen):
@@ -118,8 +120,8 @@ def _start(kind: ServerKind, folder: Path, port: int) -> Running:
             return running
         code = process.poll()
         _end(running)
-        if _free_port(port) == port:
-            break  # it is free, so the server failed for a reason of its own
+        if not _was_taken(port, log):
+            break  # the server failed for a reason of its own
     raise LaunchError(
         f"the local {kind.name} server "
         + ("never answered." if code is None else f"ended with code {code}."),
@@ -145,6 +147,11 @@ def _launch(
     running = Running(pid=process.pid, process_started=started, port=port)
     _write_private(folder / f"{kind.name}.json", running.model_dump_json())
     return process, running
+
+
+def _was_taken(port: int, log: Path) -> bool:
+    """Say whether somebody was quicker; they may have gone since, so the log is asked as well."""
+    return _free_port(port) != port or _IN_USE in log.read_text(errors="replace").lower()
 
 
 def _comes_up(kind: ServerKind, running: Running, patience_s: float) -> bool:

@@ -1,14 +1,15 @@
 """The local servers: one for all callers, found again, private, ended with all they started."""
 
+import dataclasses
 import json
 import multiprocessing
 import socket
 import stat
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor, wait
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 
 import psutil
@@ -118,28 +119,52 @@ def test_a_port_that_is_taken_is_passed_over(tmp_path):
     local_server.stop("small", tmp_path)
 
 
-def test_a_port_that_somebody_else_takes_while_the_server_starts_is_left_to_them(tmp_path):
-    patient = "import pathlib, time\nwhile not pathlib.Path('go').exists(): time.sleep(0.02)\n"
-    with ThreadPoolExecutor() as threads, socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-        probe.close()
-        starting = threads.submit(
-            local_server.ensure, small_server(patient + HTTP, first_port=port), tmp_path
-        )
-        while not (tmp_path / "small.json").exists():
-            time.sleep(0.02)
-        with HTTPServer(("127.0.0.1", port), SimpleHTTPRequestHandler) as other:
-            serving = threads.submit(other.serve_forever)
-            while not answers(f"http://127.0.0.1:{port}"):
-                time.sleep(0.02)
-            was_found = wait([starting], timeout=1.0).done
-            (tmp_path / "go").touch()
-            running = starting.result(30)
-            other.shutdown()
-            serving.result()
+def test_a_port_that_somebody_else_takes_meanwhile_and_answers_on_is_left_to_them(tmp_path):
+    kind, others = small_server("import time; time.sleep(1)\n" + HTTP), []
 
-    assert not was_found, "somebody else's server was taken for ours"
-    assert running.port > port
+    def command(port: int) -> list[str]:
+        if not others:
+            others.append(HTTPServer(("127.0.0.1", port), SimpleHTTPRequestHandler))
+            threading.Thread(target=others[0].serve_forever).start()
+        return kind.command(port)
+
+    running = local_server.ensure(dataclasses.replace(kind, command=command), tmp_path)
+    others[0].shutdown()
+    others[0].server_close()
+
+    assert running.port > others[0].server_port
+    assert answers(running.url)
+    assert local_server.stop("small", tmp_path)
+
+
+def test_a_port_that_was_taken_for_a_moment_only_is_no_reason_to_give_up(tmp_path):
+    lost, others = tmp_path / "lost", []
+    program = (
+        "import http.server as h, pathlib, sys, time\n"
+        "try:\n"
+        "    s = h.HTTPServer(('127.0.0.1', int(sys.argv[1])), h.SimpleHTTPRequestHandler)\n"
+        "except OSError:\n"
+        "    pathlib.Path('lost').touch()\n"
+        "    while pathlib.Path('lost').exists(): time.sleep(0.02)\n"
+        "    raise\n"
+        "s.serve_forever()\n"
+    )
+    kind = small_server(program)
+
+    def leave() -> None:
+        while not lost.exists():
+            time.sleep(0.02)
+        others[0].close()
+        lost.unlink()
+
+    def command(port: int) -> list[str]:
+        if not others:
+            others.append(socket.create_server(("127.0.0.1", port)))
+            threading.Thread(target=leave).start()
+        return kind.command(port)
+
+    running = local_server.ensure(dataclasses.replace(kind, command=command), tmp_path)
+
     assert answers(running.url)
     assert local_server.stop("small", tmp_path)
 
