@@ -33,6 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_core.modeling.attention import attend_grouped
+
 NAME = "qloraflow_packed"
 
 
@@ -120,6 +122,12 @@ def attend(
     unknown = [name for name in ("s_aux", "position_bias") if others.get(name) is not None]
     if attention_mask is not None or unknown or not getattr(module, "is_causal", True):
         raise ValueError(f"{type(module).__name__} wants more than causal attention: {unknown}")
+    reach = max(own.stop - own.start + before for own, before in layout.spans())
+    if sliding_window is not None and sliding_window >= reach:
+        sliding_window = None  # over the longest row
+    if sliding_window is None and softcap is None and not dropout and _is_plain(query_1HND):
+        scale = query_1HND.shape[-1] ** -0.5 if scaling is None else scaling
+        return attend_grouped(query_1HND, key_1GND, value_1GND, layout, scale), None
     groups = query_1HND.shape[1] // key_1GND.shape[1]
     key_1HND = key_1GND.repeat_interleave(groups, 1) if groups > 1 else key_1GND
     value_1HND = value_1GND.repeat_interleave(groups, 1) if groups > 1 else value_1GND
@@ -137,6 +145,10 @@ def attend(
         )
         outputs.append(output_1HSD.transpose(1, 2))
     return torch.cat(outputs, 1), None
+
+
+def _is_plain(states: Tensor) -> bool:
+    return states.device.type == "cpu" and states.dtype == torch.float32
 
 
 def _seen(states_1HND: Tensor, own: slice, before: int) -> Tensor:

@@ -1,11 +1,13 @@
 """The loss: cross-entropy summed over supervised positions, and logits for no others.
 
-The output head is a third of a small model's work, but only supervised positions need it. So just
-before the head, a hook keeps those hidden states alone, laid out as one row; the model's own
-forward does the rest. Whatever it does around the head (Granite's scaling, Gemma's soft cap,
-Cohere's factor) is element-wise and happens to the kept positions as it would have to all, so no
-architecture needs a case of its own. A model that never calls its head as a module gets the full
-logits instead, and says so (`LossFunction.notes`).
+The output head is a third of a small model's work, but only supervised positions need it. So the
+head is given those hidden states alone, laid out as one row; the model's own forward does the rest.
+If the model returns what its head returned, the head returns the hidden states, and head and loss
+are computed together without logits (`qlora_core.modeling.head`). If it does more (Granite's
+scaling, Gemma's soft cap, Cohere's factor), that is element-wise and happens to the kept positions
+as it would have to all, so no architecture needs a case of its own. A model that never calls its
+head as a module gets the full logits instead. What is not the fast way is said
+(`LossFunction.notes`).
 
 The loss is a *sum*: the loop divides by the supervised tokens of the whole optimizer step, over all
 workers, so neither micro-batch nor number of workers weighs rows differently.
@@ -19,6 +21,7 @@ Dims: B rows, T tokens of the longest (packed: B = 1, T = N), V vocabulary, K su
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_core.data.prepared import IGNORED, Rows
+from qlora_core.modeling.head import cross_entropy_sum
 from qlora_core.modeling.packing import Layout, packed_attention
 from qlora_core.training.batching import Indices
 
@@ -94,14 +98,42 @@ def common_prefix(rows: Rows, chunk: Indices) -> int:
     return length if length >= _MIN_PREFIX else 0
 
 
-class _Kept(threading.local):
-    """What the hook before the head keeps in this thread's next call; None: everything."""
+class _Call(threading.local):
+    """What the head shall do in this thread's next call, and what it did."""
 
     positions_BT: Tensor | None = None
+    """Keep these alone; none: behave as ever."""
+    passes_through: bool = False
+    """Return the hidden states themselves."""
+    returned: Tensor | None = None
 
-    def keep(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        positions_BT, self.positions_BT = self.positions_BT, None
-        return None if positions_BT is None else (args[0][positions_BT][None], *args[1:])
+
+@dataclass
+class _Head:
+    """A model's output head, which computes only what it is asked for."""
+
+    layer: Any
+    forward: Callable[[Tensor], Tensor]
+    """The layer's own."""
+    call: _Call = field(default_factory=_Call)
+
+    def __call__(self, hidden_BTH: Tensor) -> Tensor:
+        positions_BT, self.call.positions_BT = self.call.positions_BT, None
+        if positions_BT is None:
+            return self.forward(hidden_BTH)
+        hidden_1KH = hidden_BTH[positions_BT][None]
+        returned = hidden_1KH if self.call.passes_through else self.forward(hidden_1KH)
+        self.call.returned = returned
+        return returned
+
+    @property
+    def is_plain(self) -> bool:
+        """A frozen product without bias, which `cross_entropy_sum` can compute."""
+        return (
+            type(self.layer) is nn.Linear
+            and self.layer.bias is None
+            and not self.layer.weight.requires_grad
+        )
 
 
 @dataclass
@@ -119,15 +151,15 @@ class LossFunction:
     shares_prefix: bool = True
     packs: bool = False
     """Rows are packed; the model must attend by `packed_attention` then."""
-    _head_is_called: bool = True
-    _kept: _Kept = field(default_factory=_Kept)
+    _head: _Head | None = None
+    _fuses_head: bool = False
 
     def __post_init__(self) -> None:
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        if head is None:
-            self._head_is_called = False
-        else:
-            head.register_forward_pre_hook(self._kept.keep)
+        layer = self.model.get_output_embeddings()  # type: ignore[operator]
+        if layer is not None:
+            self._head = _Head(layer, layer.forward)
+            self._fuses_head = self._head.is_plain
+            layer.forward = self._head
 
     def batch(self, rows: Rows, chunk: Indices, device: torch.device) -> Batch:
         """Return the rows of ``chunk`` as this model takes them."""
@@ -178,32 +210,50 @@ class LossFunction:
         keep_BT = batch.next_labels_BT != IGNORED
         if not keep_BT.any():
             return torch.zeros((), device=keep_BT.device)
-        logits_KV = self._logits(batch, keep_BT)
         labels_K = batch.next_labels_BT[keep_BT]
+        if self._head is not None and self._fuses_head:
+            hidden_1KH = self._run(batch, keep_BT, passes_through=True)
+            if hidden_1KH is self._head.call.returned:
+                return cross_entropy_sum(hidden_1KH[0], self._head.layer.weight, labels_K)
+            self._stop_fusing(was_called=self._head.call.returned is not None)
+        logits_KV = self._logits(batch, keep_BT)
         return F.cross_entropy(logits_KV.float(), labels_K, reduction="sum")
+
+    def _stop_fusing(self, *, was_called: bool) -> None:
+        was_fusing, self._fuses_head = self._fuses_head, False  # another lane may have been first
+        if was_fusing and was_called:
+            self.notes.append(
+                f"{type(self.model).__name__} does more to its logits than multiply by its head, "
+                "so they are computed whole at supervised positions: correct, but larger."
+            )
 
     def _logits(self, batch: Batch, keep_BT: Tensor) -> Tensor:
         """Return the (K, V) logits at the positions to keep."""
-        if not self._head_is_called:
-            return self._forward(batch)[keep_BT]
-        self._kept.positions_BT = keep_BT
-        try:
-            logits = self._forward(batch)
-        finally:
-            was_called, self._kept.positions_BT = self._kept.positions_BT is None, None
-        if was_called:
-            return logits[0]
-        self._head_is_called = False
-        self.notes.append(
-            f"{type(self.model).__name__} does not call its output head as a module, so logits are "
-            "computed at all positions: correct, but slower and larger."
-        )
-        return logits[keep_BT]
+        head = self._head
+        if head is not None:
+            logits = self._run(batch, keep_BT)
+            if head.call.returned is not None:
+                return logits[0]
+            self._head = None
+            self.notes.append(
+                f"{type(self.model).__name__} does not call its output head as a module, so logits "
+                "are computed at all positions: correct, but slower and larger."
+            )
+            return logits[keep_BT]
+        return self._run(batch)[keep_BT]
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _run(
+        self, batch: Batch, keep_BT: Tensor | None = None, passes_through: bool = False
+    ) -> Tensor:
+        """Return what the model returns as logits, of ``keep_BT`` alone if its head is called."""
         options: dict[str, Any] = {}
         if batch.layout is not None:
             options = {"position_ids": batch.positions_BT, "layout": batch.layout}
-        output: Any = self.model(input_ids=batch.input_ids_BT, use_cache=False, **options)
+        call = self._head.call if self._head is not None else _Call()
+        call.positions_BT, call.passes_through, call.returned = keep_BT, passes_through, None
+        try:
+            output: Any = self.model(input_ids=batch.input_ids_BT, use_cache=False, **options)
+        finally:
+            call.positions_BT = None
         logits: Tensor = output.logits
         return logits

@@ -22,10 +22,10 @@ from qlora_core.config import SnapshotConfig
 from qlora_core.data.prepared import Rows, read_split
 from qlora_core.errors import DataError, ModelError, ResourceError
 from qlora_core.modeling.dense import BUDGET_BYTES, dense_weights
+from qlora_core.modeling.fusing import fused
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
 from qlora_core.modeling.packing import packed_attention
-from qlora_core.modeling.products import fused_products
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training import snapshot
 from qlora_core.training.batching import Plan, make_plan
@@ -188,8 +188,13 @@ def _fast_paths(run: Run) -> Iterator[Run]:
             stack.enter_context(packed_attention(run.model))
         if run.device.type == "cpu":
             spare_bytes = psutil.virtual_memory().available // (_SPARE_SHARE * run.comm.world_size)
-            fused = stack.enter_context(fused_products(run.model, min(BUDGET_BYTES, spare_bytes)))
-            stack.enter_context(dense_weights(run.model, fused.spare_bytes, fused.base_layers))
+            taken = stack.enter_context(fused(run.model, min(BUDGET_BYTES, spare_bytes)))
+            if taken.num_left:
+                run.loss.notes.append(
+                    f"{taken.num_left} adapted layers are computed by PEFT, as they have dropout "
+                    "or DoRA, or do not compute in float32: correct, but slower."
+                )
+            stack.enter_context(dense_weights(run.model, taken.spare_bytes, taken.base_layers))
             if run.loss.shares_prefix:  # nothing is drawn
                 num_lanes = min(torch.get_num_threads(), run.config.micro_batch)
                 run = replace(run, lanes=stack.enter_context(open_lanes(num_lanes)))

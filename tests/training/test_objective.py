@@ -7,10 +7,10 @@ from torch.testing import assert_close
 
 from qlora_core.config import AdapterConfig
 from qlora_core.data.prepared import IGNORED, Rows, read_split
+from qlora_core.modeling.fusing import fused
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
 from qlora_core.modeling.packing import packed_attention
-from qlora_core.modeling.products import fused_products
 from qlora_core.training.objective import LossFunction, collate, common_prefix, pack
 
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(base, fast, datas
             loss_function.try_packing(rows, CPU)
             assert loss_function.packs
             stack.enter_context(packed_attention(model))
-            assert len(stack.enter_context(fused_products(model, 10**9)).base_layers) == 14
+            assert len(stack.enter_context(fused(model, 10**9)).base_layers) == 14
         loss = loss_function(loss_function.batch(rows, chunk, CPU)) / num_supervised
         loss.backward()
     ours = gradients(model)
@@ -77,6 +77,7 @@ def test_the_loss_is_a_sum_so_splitting_a_batch_changes_nothing(float_base, data
     assert_close(whole, parts, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -86,7 +87,7 @@ def test_the_loss_is_a_sum_so_splitting_a_batch_changes_nothing(float_base, data
         ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
     ],
 )
-def test_what_a_model_does_to_its_logits_is_kept(kind, settings, dataset):
+def test_what_a_model_does_to_its_logits_is_kept(kind, settings, frozen, dataset):
     import transformers
 
     sizes = {
@@ -100,7 +101,7 @@ def test_what_a_model_does_to_its_logits_is_kept(kind, settings, dataset):
     settings = settings | ({"vocab_size": 64} if kind == "GPT2" else sizes)
     config = getattr(transformers, f"{kind}Config")(**settings, pad_token_id=0)
     name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
-    model = getattr(transformers, name)(config).eval()
+    model = getattr(transformers, name)(config).eval().requires_grad_(not frozen)
     rows = read_split(dataset, "train")
     batch = collate(rows, np.arange(4), CPU)
 
@@ -110,7 +111,26 @@ def test_what_a_model_does_to_its_logits_is_kept(kind, settings, dataset):
     num_supervised = int(rows.num_supervised[:4].sum())
     theirs = transformers_loss(model, rows, np.arange(4)) * num_supervised
     assert_close(total, theirs, rtol=1e-5, atol=0)
-    assert loss.notes == []
+    said = "does more to its logits"
+    assert [said in note for note in loss.notes] == [True] * (frozen and kind != "GPT2")
+
+
+def test_without_logits_the_loss_is_the_same(float_base, dataset):
+    model, rows = adapted(float_base), read_split(dataset, "train")
+    batch = collate(rows, np.arange(8), CPU)
+    by_logits, without = LossFunction(adapted(float_base)), LossFunction(model)
+    by_logits._fuses_head = False
+
+    expected, found = by_logits(batch), without(batch)
+    expected.backward()
+    found.backward()
+
+    assert without._fuses_head
+    assert without.notes == []
+    assert_close(found, expected, rtol=1e-6, atol=0)
+    theirs = gradients(by_logits.model)
+    for name, gradient in gradients(model).items():
+        assert (gradient - theirs[name]).norm() <= 1e-6 * theirs[name].norm(), name
 
 
 def test_a_model_that_does_not_call_its_head_gets_full_logits_and_says_so(float_base, dataset):
@@ -188,7 +208,7 @@ def test_computing_a_shared_prefix_once_changes_neither_loss_nor_gradients(base,
     model = adapted(request.getfixturevalue(base))
     loss_function = LossFunction(model)
 
-    with packed_attention(model), fused_products(model, 10**9):
+    with packed_attention(model), fused(model, 10**9):
         batch = pack(rows, chunk, CPU, shares_prefix=True)
         loss = loss_function(batch)
         loss.backward()

@@ -1,0 +1,237 @@
+"""Lets a model compute with fewer and larger functions for a while, whatever its architecture.
+
+Modules are recognised by what they are made of and then *tried*: a replacement must give what the
+module gave, on random input, or the module stays as it is. So a norm that adds one to its weight, a
+block with another activation or a rotary embedding that interleaves costs speed at worst, and it is
+counted (`Fused`).
+
+- Adapted linear layers on one input (`q_proj`, `k_proj`, `v_proj` below one parent): `products`.
+- Gated feed-forward blocks (`gate_proj`, `up_proj`, `down_proj` and an activation): `gated`.
+- RMS norms (a weight and an epsilon), rotary embeddings (`apply_rotary_pos_emb` beside the model's
+  code): `elementwise`.
+
+Layers with one input are found at run time by the input itself: the first layer called computes for
+all, the others find their part. Should a model call them with different inputs, each computes
+alone; the numbers are the same.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from qlora_core.modeling.elementwise import rms_norm, rotate
+from qlora_core.modeling.gated import Gated, find_activation
+from qlora_core.modeling.products import Product, dense_weight, fits, multiply, num_weights
+
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FLOAT_BYTES = 4
+_ROTARY = "apply_rotary_pos_emb"
+_NUM_TRIED = 3
+
+_RotateBoth = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What was taken over."""
+
+    base_layers: frozenset[nn.Module]
+    """Frozen layers whose products are computed with their adapters."""
+    spare_bytes: int
+    """Left of the budget."""
+    num_left: int = 0
+    """Adapted layers that PEFT goes on computing."""
+    num_gated: int = 0
+    num_norms: int = 0
+    num_rotary: int = 0
+    """Places in the model's code that turn queries and keys."""
+
+
+@contextmanager
+def fused(model: nn.Module, budget_bytes: int) -> Iterator[Fused]:
+    """Compute ``model`` by fused functions inside the block, where it computes in float32.
+
+    Args:
+        model: Carries one adapter; everything else is frozen.
+        budget_bytes: For dequantised weights; what does not fit is dequantised in every pass.
+    """
+    with ExitStack() as undo:
+        products: dict[Any, Product] = {}
+        for layers in _groups(model):
+            size_bytes = num_weights(layers) * _FLOAT_BYTES
+            keeps = size_bytes <= budget_bytes
+            budget_bytes -= size_bytes if keeps else 0
+            product = Product(layers, dense_weight(layers) if keeps else None)
+            products |= dict.fromkeys(layers, product)
+            handed_out = _Shared(product)
+            for place, layer in enumerate(layers):
+                _replace(undo, layer, handed_out.forward_of(place))
+        yield Fused(
+            base_layers=frozenset(layer.get_base_layer() for layer in products),
+            spare_bytes=budget_bytes,
+            num_left=sum(isinstance(m, LoraLayer) for m in model.modules()) - len(products),
+            num_gated=_fuse_gated(model, products, undo),
+            num_norms=_fuse_norms(model, undo),
+            num_rotary=_fuse_rotary(model, undo),
+        )
+
+
+def _replace(undo: ExitStack, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    module.forward = forward
+    undo.callback(delattr, module, "forward")  # the instance's, which hides the class's
+
+
+def _groups(model: nn.Module) -> list[list[Any]]:
+    """Return the layers that can be fused, those that read the same input together."""
+    groups = []
+    for parent in model.modules():
+        fit = {name: m for name, m in parent.named_children() if fits(m)}
+        for siblings in _SIBLINGS:
+            together = [fit.pop(name) for name in siblings if name in fit]
+            if together:
+                groups.append(together)
+        groups += [[layer] for layer in fit.values()]
+    return groups
+
+
+class _Found(threading.local):
+    """What the first layer of a group computed for the others; each thread has its own."""
+
+    def __init__(self) -> None:
+        self.input: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}
+
+
+@dataclass
+class _Shared:
+    """One product, handed out layer by layer."""
+
+    product: Product
+    _found: _Found = field(default_factory=_Found)
+
+    def forward_of(self, place: int) -> Callable[..., Tensor]:
+        def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+            found = self._found
+            if x is not found.input or place not in found.outputs:
+                found.input, found.outputs = x, dict(enumerate(multiply(self.product, x)))
+            output = found.outputs.pop(place)
+            if not found.outputs:
+                found.input = None
+            return output
+
+        return forward
+
+
+def _fuse_gated(model: nn.Module, products: dict[Any, Product], undo: ExitStack) -> int:
+    num_fused = 0
+    for parent in model.modules():
+        parts = dict(parent.named_children())
+        gate, up, down = (parts.get(name) for name in ("gate_proj", "up_proj", "down_proj"))
+        activation = find_activation(parts["act_fn"]) if "act_fn" in parts else None
+        if gate not in products or up not in products or down not in products or not activation:
+            continue
+        if products[gate] is products[up] and products[gate].layers[0] is gate:
+            block = Gated(products[gate], activation, products[down])
+            num_fused += _replace_if_same(undo, parent, block, gate.in_features)
+    return num_fused
+
+
+def _fuse_norms(model: nn.Module, undo: ExitStack) -> int:
+    num_fused = 0
+    for module in model.modules():
+        num_fused += any(
+            _replace_if_same(undo, module, norm, len(norm.weight_H)) for norm in _norms(module)
+        )
+    return num_fused
+
+
+@dataclass(frozen=True)
+class _Norm:
+    weight_H: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight_H, self.eps)
+
+
+def _norms(module: nn.Module) -> Iterator[_Norm]:
+    """Yield what ``module`` may be, by what it is made of."""
+    weight: Any = getattr(module, "weight", None)
+    eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    is_norm = isinstance(weight, Tensor) and weight.dim() == 1 and isinstance(eps, float)
+    if is_norm and not weight.requires_grad and weight.dtype == torch.float32:
+        yield _Norm(weight.detach(), eps)
+        yield _Norm(1 + weight.detach(), eps)  # Gemma stores what is missing to one
+
+
+@torch.no_grad()
+def _replace_if_same(
+    undo: ExitStack, module: nn.Module, forward: Callable[..., Tensor], num_in: int
+) -> bool:
+    """Let ``forward`` compute for ``module`` if it does the same to a (B, T, I) input."""
+    device = next(module.parameters()).device
+    x = torch.randn(1, _NUM_TRIED, num_in, generator=torch.Generator().manual_seed(0)).to(device)
+    try:
+        same = torch.allclose(forward(x), module(x), rtol=1e-4, atol=1e-5)
+    except Exception:  # whatever it objects to, it goes on as it was
+        same = False
+    if same:
+        _replace(undo, module, forward)
+    return same
+
+
+def _fuse_rotary(model: nn.Module, undo: ExitStack) -> int:
+    places = {type(module).__module__ for module in model.modules()}
+    sources = [sys.modules[name] for name in sorted(places)]
+    fit = [source for source in sources if _rotates_halves(source)]
+    for source in fit:
+        theirs = getattr(source, _ROTARY)
+        undo.callback(setattr, source, _ROTARY, theirs)
+        setattr(source, _ROTARY, _whole_heads_by_us(theirs))
+    return len(fit)
+
+
+def _whole_heads_by_us(theirs: _RotateBoth) -> _RotateBoth:
+    """Return what leaves to ``theirs`` the models that turn a part of each head."""
+
+    def rotate_both(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **more: Any
+    ) -> tuple[Tensor, Tensor]:
+        is_whole = cos.shape[-1] == q.shape[-1] and cos.shape == sin.shape
+        if others or more or not is_whole:
+            return theirs(q, k, cos, sin, *others, **more)
+        return _rotate_both(q, k, cos, sin)
+
+    return rotate_both
+
+
+def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+@torch.no_grad()
+def _rotates_halves(source: ModuleType) -> bool:
+    """Say whether the model's own function does what `_rotate_both` does."""
+    theirs = getattr(source, _ROTARY, None)
+    if theirs is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    q, k, angles = (
+        torch.randn(shape, generator=generator) for shape in ((1, 4, 3, 8), (1, 2, 3, 8), (1, 3, 4))
+    )
+    angles = torch.cat([angles, angles], -1)
+    given = (q, k, angles.cos(), angles.sin())
+    try:
+        pairs = zip(theirs(*given), _rotate_both(*given), strict=True)
+        return all(torch.allclose(found, ours, rtol=1e-5, atol=1e-6) for found, ours in pairs)
+    except Exception:  # other arguments, other results: not ours to replace
+        return False
