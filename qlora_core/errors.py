@@ -18,6 +18,10 @@ its plain fields by pickle and by `to_json`/`from_json`, and none keeps an excep
 """
 
 import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 
@@ -115,6 +119,27 @@ def storage_error(error: OSError, path: object) -> StoreError:
         f"cannot write {path}: {why}.",
         fix=f"{fix} (workspace.store, or QLORAFLOW_HOME); earlier artefacts are intact.",
     )
+
+
+@contextmanager
+def storing(path: object) -> Iterator[None]:
+    """Turn what writing below ``path`` fails with into a StoreError.
+
+    safetensors raises an error class of its own that has the operating system's number in its text.
+
+    Raises:
+        StoreError: The disk is full, say.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, path) from error
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise storage_error(OSError(code, os.strerror(code)), path) from error
 
 
 def _tree(root: type[QLoraError]) -> list[type[QLoraError]]:

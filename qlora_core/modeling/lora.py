@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_core.config import AdapterConfig
-from qlora_core.errors import ArtifactError, ConfigError
+from qlora_core.errors import ArtifactError, ConfigError, ModelError, storing
 from qlora_core.modeling.loading import quiet
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -45,6 +46,7 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> 
         The same model inside PEFT's; only the adapter requires gradients.
 
     Raises:
+        ModelError: PEFT cannot adapt these layers of this architecture.
         ConfigError: The targets match no layer, the start does not suit the rank, or DoRA is asked
             for on an 8-bit base.
     """
@@ -60,11 +62,29 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> 
         torch.random.fork_rng(devices=[]),
     ):  # PEFT starts adapters on the CPU, then moves them
         torch.default_generator.manual_seed(seed)
-        adapted = get_peft_model(model, _peft_config(config, targets))
+        adapted = _adapted(model, _peft_config(config, targets))
         if config.init == "orthogonal":
             _start_orthogonal(adapted)
     for parameter in trainable_parameters(adapted).values():
         parameter.data = parameter.data.float()
+    return adapted
+
+
+def _adapted(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    name = type(model).__name__
+    fix = "Name others in adapter.targets, the attention's for example: [q_proj, k_proj, v_proj]."
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(
+            f"PEFT cannot adapt all layers of {name}.", why=str(error), fix=fix
+        ) from error
+    if any(isinstance(module, ParamWrapper) for module in adapted.modules()):
+        raise ModelError(
+            f"PEFT would adapt the stacked experts of {name} as well, which cannot be merged.",
+            why=f"It takes {', '.join(config.target_modules)} for parts of them.",
+            fix=fix,
+        )
     return adapted
 
 
@@ -112,7 +132,17 @@ def save_adapter(model: PeftModel, folder: Path, base_name: str, base_revision: 
         folder: Where the two files go; made if need be.
         base_name: What a reader shall load the base from.
         base_revision: Commit of the base, for a hub model.
+
+    Raises:
+        StoreError: There is no room, say.
     """
+    with storing(folder):
+        _write_adapter(model, folder, base_name, base_revision)
+
+
+def _write_adapter(
+    model: PeftModel, folder: Path, base_name: str, base_revision: str | None
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.cpu().contiguous() for name, t in adapter_state(model).items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -29,7 +29,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from transformers.pytorch_utils import Conv1D
 
 from qlora_core.config import QuantizationConfig
-from qlora_core.errors import ConfigError, ModelError
+from qlora_core.errors import ConfigError, ModelError, storing
 from qlora_core.modeling.loading import quiet
 
 BLOCK = 64
@@ -49,6 +49,8 @@ class Quantized:
     num_quantized_parameters: int
     left_whole: tuple[str, ...]
     """Linear layers left unquantised because of their shape."""
+    num_stacked_parameters: int = 0
+    """Weights of several experts in one tensor: no linear layers, so left unquantised as well."""
 
 
 def quantize_model(
@@ -65,6 +67,7 @@ def quantize_model(
     """
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     chosen, left_whole = layers_to_quantize(model, config)
+    num_stacked = _num_stacked(model)
     errors: dict[str, float] = {}
     num_quantized = 0
     for done, name in enumerate(chosen, start=1):
@@ -78,7 +81,7 @@ def quantize_model(
     model.config.dtype = compute_dtype
     if chosen:
         model.config.quantization_config = _describe(model, config, compute_dtype)
-    return Quantized(errors, num_parameters, num_quantized, left_whole)
+    return Quantized(errors, num_parameters, num_quantized, left_whole, num_stacked)
 
 
 def layers_to_quantize(
@@ -121,6 +124,18 @@ def layers_to_quantize(
     return chosen, tuple(name for name in wanted if name not in chosen)
 
 
+def _num_stacked(model: nn.Module) -> int:
+    """Return how many weights lie in tensors of more than two dimensions, convolutions apart."""
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return sum(
+        parameter.numel()
+        for module in model.modules()
+        if not isinstance(module, convolutions)
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() > 2
+    )
+
+
 def dequantized(layer: Any) -> Tensor:
     """Return what a linear layer's weight stands for, float32, whatever it is stored as."""
     weight: Tensor = layer.weight
@@ -141,13 +156,16 @@ def save_checkpoint(
 
     transformers writes down where a tokenizer and a model came from; that is left out, as it says
     nothing about them and differs between machines.
+
+    Raises:
+        StoreError: There is no room, say.
     """
     model.config._name_or_path = ""
     if hasattr(model.config, "_model_name_or_path"):
         del model.config._model_name_or_path
     for name in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)
-    with quiet():
+    with quiet(), storing(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_core.artifacts import QuantizedBase
 from qlora_core.config import ModelConfig, QuantizationConfig
-from qlora_core.errors import ModelError, storage_error
+from qlora_core.errors import ModelError
 from qlora_core.modeling.dtypes import dtype_name, present_device_type, resolve_compute_dtype
 from qlora_core.modeling.loading import context_length_of, load_original, load_tokenizer
 from qlora_core.modeling.quantization import (
@@ -64,10 +64,7 @@ def quantize_base(
         lambda i, n, name: ctx.progress.update(NAME, i, n, name),
     )
     folder = ctx.out / "model"
-    try:
-        save_checkpoint(loaded, tokenizer, folder)
-    except OSError as error:
-        raise storage_error(error, folder) from None
+    save_checkpoint(loaded, tokenizer, folder)
     return _facts(
         loaded, result, model, quantization.method, dtype_name(compute_dtype), stored_bytes(folder)
     )
@@ -120,6 +117,13 @@ def _notes(model: ModelConfig, method: str, result: Quantized) -> tuple[str, ...
         notes.append(
             "LLM.int8() rounds activations too, and computes outliers in float16; on a CPU "
             "bitsandbytes does so in evaluation but not in training."
+        )
+    if result.num_stacked_parameters:
+        share = result.num_stacked_parameters / result.num_parameters
+        notes.append(
+            f"{share:.0%} of the parameters are experts stacked in one tensor, no linear layers: "
+            "they are not quantised and get no adapter, so they need the memory of the compute "
+            "dtype and stay as they are."
         )
     if left := result.left_whole:
         notes.append(

@@ -184,11 +184,13 @@ def _require_finite(run: Run, step: int, name: str, value: float) -> None:
     if math.isfinite(value):
         return
     rate = learning_rate(step, run.plan.num_steps, run.config)
+    is_short = next(run.model.parameters()).dtype != torch.float32
     raise TrainingError(
         f"The {name} is {value} at step {step} (learning rate {rate:.3g}).",
         why="Every later step would be as broken; the last snapshot is not.",
-        fix=f"Lower training.learning_rate (try {run.config.learning_rate / 3:.1g}), "
-        "lengthen training.warmup, or set quantization.compute_dtype=float32.",
+        fix=f"Lower training.learning_rate (try {min(run.config.learning_rate / 3, 2e-4):.1g}), or "
+        "lengthen training.warmup"
+        + (", or set quantization.compute_dtype=float32." if is_short else "."),
     )
 
 

@@ -14,88 +14,34 @@ workers, so neither micro-batch nor number of workers weighs rows differently.
 
 Rows lie end to end where the model's attention allows it (`qlora_core.modeling.packing`), else they
 are padded on the right. Which of the two is not read off the architecture but tried: a few rows go
-through both, and packing is used if the logits agree. Padded rows get no attention mask: in a
-causal model nothing real looks at what comes after it, and attention is fastest without one.
+through both, and packing is used if the logits agree, and if those of a row stay the same when its
+neighbours change; in 16 bits to the last bit, as a small leak would pass for rounding. (Experts
+that multiply the tokens of all rows together round differently then: in 16 bits they are padded.)
+Whether the model draws, be it dropout of its own or a router's noise, is tried as well.
 
 Dims: B rows, T tokens of the longest (packed: B = 1, T = N), V vocabulary, K supervised positions.
 """
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from qlora_core.data.prepared import IGNORED, Rows
 from qlora_core.modeling.head import cross_entropy_sum
-from qlora_core.modeling.packing import Layout, packed_attention
+from qlora_core.modeling.packing import packed_attention
 from qlora_core.training.batching import Indices
+from qlora_core.training.collation import Batch, collate, pack
 
-_MIN_PREFIX = 4  # a shorter one saves less than its concatenations cost
-_NUM_TRIED = 3
+_NUM_COMPARED = 16
+_LEAK = {torch.float32: 1e-5}
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch on its device."""
-
-    input_ids_BT: Tensor
-    next_labels_BT: Tensor
-    """What each position must predict; IGNORED where nothing is supervised."""
-    positions_BT: Tensor | None = None
-    layout: Layout | None = None
-    """Where the rows lie, if they are packed."""
-
-
-def collate(rows: Rows, chunk: Indices, device: torch.device) -> Batch:
-    """Return the rows of ``chunk`` padded on the right to the longest of them."""
-    length = int(rows.lengths[chunk].max())
-    input_ids = np.zeros((len(chunk), length), np.int64)
-    next_labels = np.full((len(chunk), length), IGNORED, np.int64)
-    for place, row in enumerate(chunk):
-        input_ids[place, : rows.lengths[row]] = rows.input_ids(row)
-        next_labels[place, : rows.lengths[row] - 1] = rows.labels(row)[1:]
-    return Batch(torch.from_numpy(input_ids).to(device), torch.from_numpy(next_labels).to(device))
-
-
-def pack(rows: Rows, chunk: Indices, device: torch.device, *, shares_prefix: bool) -> Batch:
-    """Return the rows of ``chunk`` end to end; what all begin with, once if ``shares_prefix``."""
-    prefix = common_prefix(rows, chunk) if shares_prefix else 0
-    first = int(chunk[0])
-    input_ids = [rows.input_ids(first)[:prefix]]
-    next_labels = [np.full(prefix, IGNORED, np.int32)]
-    for row in chunk:
-        input_ids.append(rows.input_ids(row)[prefix:])
-        next_labels += [rows.labels(row)[prefix + 1 :], np.full(1, IGNORED, np.int32)]
-    layout = Layout(prefix, tuple(int(rows.lengths[row]) - prefix for row in chunk))
-    ids_1N, labels_1N, positions_1N = (
-        torch.from_numpy(np.asarray(values, np.int64)[None]).to(device)
-        for values in (np.concatenate(input_ids), np.concatenate(next_labels), layout.positions())
-    )
-    return Batch(ids_1N, labels_1N, positions_1N, layout)
-
-
-def common_prefix(rows: Rows, chunk: Indices) -> int:
-    """Return how many tokens all rows of ``chunk`` begin with, none of them predicting anything.
-
-    The last token of a prefix predicts another one in every row, so no row's first supervised token
-    may come right after it; and each row keeps at least one token of its own.
-    """
-    if len(chunk) < 2:
-        return 0
-    first = rows.input_ids(int(chunk[0]))
-    length = len(first)
-    for row in chunk:
-        ids, supervised = rows.input_ids(row), np.flatnonzero(rows.labels(row)[1:] != IGNORED)
-        length = min(length, len(ids) - 1, int(supervised[0]) if len(supervised) else len(ids))
-        differs = np.flatnonzero(ids[:length] != first[:length])
-        length = int(differs[0]) if len(differs) else length
-    return length if length >= _MIN_PREFIX else 0
 
 
 class _Call(threading.local):
@@ -143,14 +89,14 @@ class LossFunction:
     Args:
         model: A causal language model, with or without PEFT's adapter.
         notes: Where it is said what had to be done the slow way.
-        shares_prefix: Rows may share states: there is no dropout.
     """
 
     model: nn.Module
     notes: list[str] = field(default_factory=list)
-    shares_prefix: bool = True
     packs: bool = False
     """Rows are packed; the model must attend by `packed_attention` then."""
+    draws: bool = False
+    """Something in the model is random: rows share no states, and threads no stream."""
     _head: _Head | None = None
     _fuses_head: bool = False
 
@@ -165,28 +111,32 @@ class LossFunction:
         """Return the rows of ``chunk`` as this model takes them."""
         if not self.packs:
             return collate(rows, chunk, device)
-        return pack(rows, chunk, device, shares_prefix=self.shares_prefix)
+        return pack(rows, chunk, device, shares_prefix=not self.draws)
 
-    def try_packing(self, rows: Rows, device: torch.device) -> None:
-        """Pack from now on if that gives the logits of padding; say so in ``notes`` if not.
+    def try_out(self, rows: Rows, device: torch.device) -> None:
+        """Find out what this model allows; what it does not is said in ``notes``.
 
         Args:
-            rows: Some of them, of middling length, go through the model both ways.
+            rows: Three of them, the longest among them, go through the model in several ways.
             device: Where the model is.
         """
-        middling = np.argsort(rows.lengths, kind="stable")[len(rows) // 2 :][:_NUM_TRIED]
-        usable = middling[rows.num_supervised[middling] > 0]
+        by_length = np.argsort(rows.lengths, kind="stable")
+        usable = by_length[rows.num_supervised[by_length] > 0]
         if not len(usable):
             return
+        tried = usable[[len(usable) // 2, len(usable) * 3 // 4, -1]]
         was_training = self.model.training
-        self.model.eval()
         try:
-            why = self._difference(rows, usable, device)
+            self.draws = self._draws(collate(rows, tried[:1], device))
+            self.model.eval()
+            why = self._difference(rows, tried, device)
         except Exception as error:  # whatever an architecture objects to, padding serves it
             why = f"{type(error).__name__}: {error}"
         finally:
             self.model.train(was_training)
         self.packs = not why
+        if self.packs and self.draws:
+            self.notes.append("With dropout, what rows begin with is computed for each of them.")
         if why:
             self.notes.append(
                 f"Rows are padded, not packed: {type(self.model).__name__} computes something else "
@@ -198,12 +148,46 @@ class LossFunction:
         """Return what is wrong with packed logits; nothing if they are right."""
         padded = collate(rows, chunk, device)
         expected_KV = self._logits(padded, padded.next_labels_BT != IGNORED).float()
-        packed = pack(rows, chunk, device, shares_prefix=self.shares_prefix)
+        packed = pack(rows, chunk, device, shares_prefix=not self.draws)
         with packed_attention(self.model):
             found_KV = self._logits(packed, packed.next_labels_BT != IGNORED)
+            leaks = self._leaks(pack(rows, chunk, device, shares_prefix=False))
         error = float((found_KV.float() - expected_KV).norm() / expected_KV.norm())
         allowed = _TOLERANCE.get(found_KV.dtype, 1e-4)
-        return "" if error <= allowed else f"logits {error:.1e} off, {allowed:.0e} allowed"
+        if error > allowed:
+            return f"logits {error:.1e} off, {allowed:.0e} allowed"
+        return "a row sees its neighbours" if leaks else ""
+
+    def _leaks(self, packed: Batch) -> bool:
+        """Say whether what the last row predicts depends on the rows before it."""
+        num_tokens = packed.input_ids_BT.shape[1]
+        first = num_tokens - (packed.layout.lengths[-1] if packed.layout else 0)
+        last_1N = torch.zeros_like(packed.input_ids_BT, dtype=torch.bool)
+        last_1N[:, max(first, num_tokens - _NUM_COMPARED) :] = True
+        changed_1N = packed.input_ids_BT.clone()
+        changed_1N[:, :first] = changed_1N[:, :first].roll(1, 1)
+        before_KV = self._logits(packed, last_1N)
+        after_KV = self._logits(replace(packed, input_ids_BT=changed_1N), last_1N)
+        change = float((after_KV - before_KV).float().norm() / before_KV.float().norm())
+        return not change <= _LEAK.get(before_KV.dtype, 0.0)  # NaN is no proof
+
+    @torch.no_grad()
+    def _draws(self, batch: Batch) -> bool:
+        """Say whether something in the model is random when it trains.
+
+        A new adapter adds nothing yet, so its dropout does not show in what the model returns.
+        """
+        drops = [m.p for m in self.model.modules() if isinstance(m, _DropoutNd)]
+        if any(drops):
+            return True
+        self.model.train()
+        keep_BT = batch.next_labels_BT != IGNORED
+        devices = [batch.input_ids_BT.device] if batch.input_ids_BT.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            first_KV = self._logits(batch, keep_BT)
+            second_KV = self._logits(batch, keep_BT)
+        return not torch.equal(first_KV, second_KV)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Return the cross-entropy summed over supervised positions, float32, a scalar."""

@@ -115,19 +115,15 @@ def _prepare(job: TrainJob, comm: Comm, device: torch.device, notes: list[str]) 
         comm=comm,
         device=device,
         seed=job.seed,
-        loss=_loss_function(model, job, train_rows, device, notes),
+        loss=_loss_function(model, train_rows, device, notes),
     )
 
 
 def _loss_function(
-    model: PeftModel, job: TrainJob, rows: Rows, device: torch.device, notes: list[str]
+    model: PeftModel, rows: Rows, device: torch.device, notes: list[str]
 ) -> LossFunction:
-    attention_dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
-    draws = bool(job.adapter.dropout or attention_dropout)
-    loss = LossFunction(model, notes, shares_prefix=not draws)
-    loss.try_packing(rows, device)
-    if loss.packs and draws:
-        notes.append("With dropout, what rows begin with is computed for each of them.")
+    loss = LossFunction(model, notes)
+    loss.try_out(rows, device)
     return loss
 
 
@@ -195,7 +191,7 @@ def _fast_paths(run: Run) -> Iterator[Run]:
                     "or DoRA, or do not compute in float32: correct, but slower."
                 )
             stack.enter_context(dense_weights(run.model, taken.spare_bytes, taken.base_layers))
-            if run.loss.shares_prefix:  # nothing is drawn
+            if not run.loss.draws:
                 num_lanes = min(torch.get_num_threads(), run.config.micro_batch)
                 run = replace(run, lanes=stack.enter_context(open_lanes(num_lanes)))
         yield run

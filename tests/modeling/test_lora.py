@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from qlora_core.config import AdapterConfig, QuantizationConfig
-from qlora_core.errors import ArtifactError, ConfigError
+from qlora_core.errors import ArtifactError, ConfigError, ModelError
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import (
     CONFIG_FILE,
@@ -246,3 +246,26 @@ def test_a_damaged_adapter_is_an_artefact_error(bases, tmp_path):
 
     with pytest.raises(ArtifactError, match="cannot be loaded"):
         load_adapter(load_base(bases["nf4"]), tmp_path)
+
+
+def test_an_architecture_that_peft_cannot_adapt_is_refused_with_a_way_out():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
+
+    with pytest.raises(ModelError, match="cannot adapt all layers of MambaForCausalLM") as caught:
+        attach_adapter(model, AdapterConfig(), seed=0)
+    assert "adapter.targets" in caught.value.fix
+
+
+def test_experts_that_peft_would_adapt_but_nobody_could_merge_are_refused():
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
+    experts = {"num_experts": 2, "moe_intermediate_size": 16, "num_experts_per_tok": 1}
+    shared = {"shared_expert_intermediate_size": 16, "layer_types": ["full_attention"]}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    model = Qwen3NextForCausalLM(Qwen3NextConfig(**sizes, **experts, **shared, **heads))
+
+    with pytest.raises(ModelError, match="stacked experts of Qwen3NextForCausalLM"):
+        attach_adapter(model, AdapterConfig(), seed=0)

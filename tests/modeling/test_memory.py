@@ -23,7 +23,8 @@ from qlora_core.modeling.memory import (
     shape_of,
 )
 from qlora_core.modeling.quantization import quantize_model
-from qlora_core.training.objective import Batch, LossFunction
+from qlora_core.training.collation import Batch
+from qlora_core.training.objective import LossFunction
 
 GB = 1e9
 NF4 = QuantizationConfig()

@@ -1,4 +1,5 @@
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_core.artifacts import QuantizedBase
 from qlora_core.config import ModelConfig, QuantizationConfig
-from qlora_core.errors import ConfigError, ModelError
+from qlora_core.errors import ConfigError, ModelError, StoreError
 from qlora_core.fingerprint import file_digest, files_below
 from qlora_core.modeling.loading import load_base, load_saved_tokenizer
 from qlora_core.ports import Context
@@ -172,3 +173,34 @@ def test_smollm2_in_4_bits_still_knows_the_capital_of_france(smollm2_gguf, tmp_p
     ids = tokenizer.apply_chat_template(chat, return_tensors="pt", add_generation_prompt=True)
     answer = base.generate(**ids, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0])
+
+
+def test_a_disk_that_is_full_is_told_as_such(tiny_llama, tmp_path):
+    """By a limit on the size of files, which safetensors reports as it reports a full disk."""
+    ctx = context(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(StoreError, match="cannot write") as caught:
+            quantised(ctx, tiny_llama)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert "earlier artefacts are intact" in caught.value.fix
+
+
+def test_experts_in_one_tensor_are_left_whole_and_it_is_said(tiny_llama, tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    config = MixtralConfig(vocab_size=len(tokenizer), **sizes, **heads)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    tokenizer.save_pretrained(tmp_path / "experts")
+
+    facts = quantised(context(tmp_path), tmp_path / "experts")
+
+    stacked = 4 * 3 * 64 * 64
+    assert facts.num_quantized_parameters < facts.num_parameters - stacked
+    assert f"{stacked / facts.num_parameters:.0%} of the parameters are experts" in facts.notes[0]

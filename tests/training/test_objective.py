@@ -11,7 +11,8 @@ from qlora_core.modeling.fusing import fused
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
 from qlora_core.modeling.packing import packed_attention
-from qlora_core.training.objective import LossFunction, collate, common_prefix, pack
+from qlora_core.training.collation import collate, common_prefix, pack
+from qlora_core.training.objective import LossFunction
 
 CPU = torch.device("cpu")
 
@@ -50,7 +51,7 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(base, fast, datas
     loss_function = LossFunction(model)
     with ExitStack() as stack:
         if fast:
-            loss_function.try_packing(rows, CPU)
+            loss_function.try_out(rows, CPU)
             assert loss_function.packs
             stack.enter_context(packed_attention(model))
             assert len(stack.enter_context(fused(model, 10**9)).base_layers) == 14
@@ -255,7 +256,7 @@ def test_rows_of_common_architectures_are_packed_to_the_same_loss(kind, settings
     rows = read_split(dataset, "train")
     loss = LossFunction(model)
 
-    loss.try_packing(rows, CPU)
+    loss.try_out(rows, CPU)
     with packed_attention(model):
         total = loss(loss.batch(rows, np.arange(8), CPU))
 
@@ -279,13 +280,69 @@ def test_models_that_look_across_rows_or_attend_otherwise_are_padded_and_it_is_s
     rows = read_split(dataset, "train")
     loss = LossFunction(model)
 
-    loss.try_packing(rows, CPU)
+    loss.try_out(rows, CPU)
     total = loss(loss.batch(rows, np.arange(4), CPU))
 
     theirs = transformers_loss(model, rows, np.arange(4)) * int(rows.num_supervised[:4].sum())
     assert not loss.packs
     assert "padded, not packed" in loss.notes[0]
     assert_close(total, theirs, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
+        ("Bloom", {"n_head": 4, "n_layer": 2}),
+    ],
+)
+def test_a_leak_between_rows_is_found_in_16_bits_too(kind, settings, dataset):
+    model = small_model(kind, SMALL_MODEL | settings).bfloat16()
+    loss = LossFunction(model)
+
+    loss.try_out(read_split(dataset, "train"), CPU)
+
+    assert not loss.packs
+    assert "padded, not packed" in loss.notes[0]
+
+
+def test_in_16_bits_rows_that_keep_to_themselves_are_packed(dataset):
+    loss = LossFunction(small_model("Llama", SMALL_MODEL).bfloat16())
+
+    loss.try_out(read_split(dataset, "train"), CPU)
+
+    assert loss.packs
+    assert loss.notes == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "draws"),
+    [
+        ("GPT2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, False),
+        ("GPT2", {"resid_pdrop": 0.1, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, True),
+        ("OPT", {"dropout": 0.1, "ffn_dim": 96, "word_embed_proj_dim": 64}, True),  # in its code
+        ("Llama", {"attention_dropout": 0.1}, True),
+        ("Llama", {}, False),
+    ],
+)
+def test_dropout_of_the_models_own_is_noticed(kind, settings, draws, dataset):
+    loss = LossFunction(small_model(kind, SMALL_MODEL | settings))
+    state = torch.get_rng_state()
+
+    loss.try_out(read_split(dataset, "train"), CPU)
+
+    assert loss.draws is draws
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropout_of_an_adapter_that_adds_nothing_yet_is_noticed(float_base, dataset):
+    model = attach_adapter(load_base(float_base), AdapterConfig(rank=4, dropout=0.1), seed=0)
+    loss = LossFunction(model)
+
+    loss.try_out(read_split(dataset, "train"), CPU)
+
+    assert loss.draws
+    assert "computed for each of them" in loss.notes[0]
 
 
 def small_model(kind: str, settings: dict):
@@ -295,4 +352,5 @@ def small_model(kind: str, settings: dict):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = getattr(transformers, f"{kind}Config")(**settings)
-        return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+        suffix = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
+        return getattr(transformers, f"{name}{suffix}")(config).eval()
