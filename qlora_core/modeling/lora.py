@@ -14,6 +14,7 @@ Source: Hu et al. 2021, arXiv:2106.09685, sec. 4.1; Dettmers et al. 2023, arXiv:
 """
 
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from qlora_core.modeling.loading import quiet
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _NAME = "default"  # PEFT's name of a model's first adapter
+_SEEDING = threading.Lock()  # random state is one for all threads
 
 
 def attach_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> PeftModel:
@@ -59,6 +61,7 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> 
     _refuse_dora_on_int8(model, config)
     with (
         quiet(),
+        _SEEDING,
         torch.random.fork_rng(devices=[]),
     ):  # PEFT starts adapters on the CPU, then moves them
         torch.default_generator.manual_seed(seed)
