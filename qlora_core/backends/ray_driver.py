@@ -21,7 +21,7 @@ from uuid import uuid4
 
 import qlora_core
 from qlora_core.backends import process_session
-from qlora_core.backends.ray_resources import local_cpus, share_out
+from qlora_core.backends.ray_resources import WORKER_PROCESS, local_cpus, share_out
 from qlora_core.backends.ray_worker import RaySpec, train_on_worker
 from qlora_core.errors import LaunchError, QLoraError
 
@@ -97,7 +97,7 @@ def _connect(spec: RaySpec) -> None:
 def worker_environment() -> dict[str, str]:
     """Return the variables every worker needs."""
     wanted = {name: os.environ[name] for name in ("HF_HUB_OFFLINE",) if name in os.environ}
-    return wanted | {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+    return wanted | WORKER_PROCESS
 
 
 def _fit(spec: RaySpec, gpus: float) -> None:

@@ -11,6 +11,19 @@ from qlora_core.errors import ResourceError
 Node = dict[str, float]
 """The resources of one node by Ray's names: CPU, GPU, ..."""
 
+WORKER_PROCESS = {
+    "TOKENIZERS_PARALLELISM": "false",
+    # Active spinning is up to 1.6 times faster on idle cores, 2 to 6 times slower on shared ones;
+    # and they are shared: the base model is evaluated beside training.
+    "OMP_WAIT_POLICY": "passive",
+    # glibc gives memory back after every step and takes it again, page by page; and each thread
+    # has a heap of its own that it gives back the sooner. One heap that is kept halves that.
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+}
+"""Environment of a process that trains; read when it starts."""
+
 
 def own_cores() -> int:
     """Return the cores this process may use."""

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import qlora_core
 from qlora_core.backends import process_session
-from qlora_core.backends.ray_resources import local_cpus, share_out
+from qlora_core.backends.ray_resources import WORKER_PROCESS, local_cpus, share_out
 from qlora_core.backends.ray_worker import RaySpec
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import LaunchError, from_json
@@ -47,11 +47,8 @@ _RAY_SETTINGS = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10",  # 30 s for each restart after a hang
     "RAY_TRAIN_METRICS_ENABLED": "0",  # Prometheus gauges that nobody reads
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers would run in a folder of Ray's
-    "TOKENIZERS_PARALLELISM": "false",
-    # Active spinning is up to 1.6 times faster on idle cores, 2 to 6 times slower on shared ones;
-    # and they are shared: the base model is evaluated beside training.
-    "OMP_WAIT_POLICY": "passive",
     "RAY_worker_niceness": "0",  # 15: training would wait for whatever else this machine does
+    **WORKER_PROCESS,
 }
 
 

@@ -44,9 +44,7 @@ class _CrossEntropySum(torch.autograd.Function):
         for start in range(0, len(hidden_KH), num_rows):
             chunk = slice(start, start + num_rows)
             labels_C1 = labels_K[chunk, None]
-            logits_CV = hidden_KH[chunk] @ weight_VH.T
-            shares_CV = torch.log_softmax(logits_CV, -1, dtype=torch.float32)
-            del logits_CV
+            shares_CV = _log_shares(hidden_KH[chunk] @ weight_VH.T)
             loss -= shares_CV.gather(1, labels_C1).sum()
             if dh_KH is not None:
                 minus_one_C1 = shares_CV.new_full(labels_C1.shape, -1.0)
@@ -58,3 +56,13 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         return ctx.dh_KH * g, None, None
+
+
+def _log_shares(logits_CV: Tensor) -> Tensor:
+    """Return log_softmax in float32, in the place of ``logits_CV`` where torch can do that.
+
+    Fresh memory for tens of megabytes costs a CPU more than the function itself.
+    """
+    if logits_CV.device.type == "cpu" and logits_CV.dtype == torch.float32:
+        return torch._log_softmax(logits_CV, -1, False, out=logits_CV)
+    return torch.log_softmax(logits_CV, -1, dtype=torch.float32)
