@@ -18,19 +18,25 @@ keyword arguments down to it, so this works on any model built that way. Whether
 one is not guessed but tried: see `qlora_core.training.objective`.
 
 Dims: N packed tokens, H query heads, G key heads, D head size, S own tokens of a row, P prefix.
-Source: Krell et al. 2021, arXiv:2107.02027 (packing); Dao et al. 2022, arXiv:2205.14135 (one call
-for each row; what sdpa does inside).
+On a CPU in float32 `qlora_core.modeling.attention` computes all rows, on a GPU in 16 bits
+FlashAttention does (there, prefixes are not shared: its rows lie in one piece). What neither takes,
+such as a soft cap, is computed row by row by torch.
+
+Source: Krell et al. 2021, arXiv:2107.02027 (packing); Dao et al. 2022, arXiv:2205.14135 (no scores
+in memory).
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_core.modeling.attention import attend_grouped
@@ -50,6 +56,7 @@ class Layout:
     prefix: int
     lengths: tuple[int, ...]
     _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict, repr=False)
+    _starts: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -69,6 +76,13 @@ class Layout:
         for length in self.lengths:
             yield slice(start, start + length), self.prefix
             start += length
+
+    def starts(self, device: torch.device) -> Tensor:
+        """Return (number of rows + 1,) where each row starts, int32; there is no prefix."""
+        if device not in self._starts:
+            ends = list(accumulate(self.lengths, initial=0))
+            self._starts[device] = torch.tensor(ends, dtype=torch.int32, device=device)
+        return self._starts[device]
 
     def mask(self, own: int, before: int, window: int | None, device: torch.device) -> Tensor:
         """Return the (S, P + S) bool mask of a row: what each of its tokens sees."""
@@ -125,9 +139,13 @@ def attend(
     reach = max(own.stop - own.start + before for own, before in layout.spans())
     if sliding_window is not None and sliding_window >= reach:
         sliding_window = None  # over the longest row
-    if sliding_window is None and softcap is None and not dropout and _is_plain(query_1HND):
-        scale = query_1HND.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend_grouped(query_1HND, key_1GND, value_1GND, layout, scale), None
+    if softcap is None and not dropout:
+        states = (query_1HND, key_1GND, value_1GND)
+        if sliding_window is None and _is_plain(query_1HND):
+            scale = query_1HND.shape[-1] ** -0.5 if scaling is None else scaling
+            return attend_grouped(*states, layout, scale), None
+        if not layout.prefix and _is_for_flash(query_1HND):
+            return _attend_flash(*states, layout, scaling, sliding_window), None
     groups = query_1HND.shape[1] // key_1GND.shape[1]
     key_1HND = key_1GND.repeat_interleave(groups, 1) if groups > 1 else key_1GND
     value_1HND = value_1GND.repeat_interleave(groups, 1) if groups > 1 else value_1GND
@@ -149,6 +167,38 @@ def attend(
 
 def _is_plain(states: Tensor) -> bool:
     return states.device.type == "cpu" and states.dtype == torch.float32
+
+
+def _is_for_flash(states: Tensor) -> bool:
+    size = states.shape[-1]
+    is_short = states.dtype in (torch.float16, torch.bfloat16)
+    return states.device.type == "cuda" and is_short and size % 8 == 0 and size <= 256
+
+
+def _attend_flash(
+    query_1HND: Tensor,
+    key_1GND: Tensor,
+    value_1GND: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """Return the (1, N, H, D) attention of all rows at once, by FlashAttention on a GPU."""
+    starts, longest = layout.starts(query_1HND.device), max(layout.lengths)
+    q_NHD, k_NGD, v_NGD = (s[0].transpose(0, 1) for s in (query_1HND, key_1GND, value_1GND))
+    output_NHD: Any = varlen_attn(
+        q_NHD,
+        k_NGD,
+        v_NGD,
+        starts,
+        starts,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),  # nothing to the right: causal
+        enable_gqa=q_NHD.shape[1] != k_NGD.shape[1],
+    )
+    return cast(Tensor, output_NHD[None])
 
 
 def _seen(states_1HND: Tensor, own: slice, before: int) -> Tensor:

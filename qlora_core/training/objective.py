@@ -111,7 +111,10 @@ class LossFunction:
         """Return the rows of ``chunk`` as this model takes them."""
         if not self.packs:
             return collate(rows, chunk, device)
-        return pack(rows, chunk, device, shares_prefix=not self.draws)
+        return pack(rows, chunk, device, shares_prefix=self._shares_prefix(device))
+
+    def _shares_prefix(self, device: torch.device) -> bool:
+        return not self.draws and device.type == "cpu"
 
     def try_out(self, rows: Rows, device: torch.device) -> None:
         """Find out what this model allows; what it does not is said in ``notes``.
@@ -135,7 +138,7 @@ class LossFunction:
         finally:
             self.model.train(was_training)
         self.packs = not why
-        if self.packs and self.draws:
+        if self.packs and self.draws and device.type == "cpu":
             self.notes.append("With dropout, what rows begin with is computed for each of them.")
         if why:
             self.notes.append(
@@ -148,7 +151,7 @@ class LossFunction:
         """Return what is wrong with packed logits; nothing if they are right."""
         padded = collate(rows, chunk, device)
         expected_KV = self._logits(padded, padded.next_labels_BT != IGNORED).float()
-        packed = pack(rows, chunk, device, shares_prefix=not self.draws)
+        packed = pack(rows, chunk, device, shares_prefix=self._shares_prefix(device))
         with packed_attention(self.model):
             found_KV = self._logits(packed, packed.next_labels_BT != IGNORED)
             leaks = self._leaks(pack(rows, chunk, device, shares_prefix=False))
