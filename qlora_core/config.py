@@ -160,6 +160,9 @@ class AdapterConfig(Config):
     both on orthogonal frames whose product is zero)."""
 
 
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainingConfig(Config):
     """What training does."""
 
@@ -171,17 +174,17 @@ class TrainingConfig(Config):
     """Rows per optimizer step, over all workers."""
     micro_batch: int = Field(4, gt=0)
     """Rows per forward pass and worker; lower it to save memory, the result stays the same."""
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: float = Field(2e-4, gt=0, le=1)
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup: float = Field(0.03, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from zero."""
-    min_learning_rate: float = Field(0.0, ge=0)
+    min_learning_rate: float = Field(0.0, ge=0, le=1)
     """Where `cosine` and `linear` end."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients with a larger global norm are scaled down to it."""

@@ -185,3 +185,18 @@ def test_a_gate_on_something_unmeasured_is_refused(recipe):
     told = problems(recipe(MINIMAL + "gate: {metric: bleu}\n"))
 
     assert "choose one of loss, exact_match" in told
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("betas.0", "betas: [2, 0.9]"),
+        ("betas.1", "betas: [0.9, -1]"),
+        ("learning_rate", "learning_rate: 1e30"),
+        ("min_learning_rate", "min_learning_rate: 2"),
+    ],
+)
+def test_a_number_that_training_could_not_survive_is_refused(recipe, field, wrong):
+    assert f"training.{field} (line 6): got" in problems(
+        recipe(MINIMAL + f"training: {{{wrong}}}\n")
+    )

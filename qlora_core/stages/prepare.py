@@ -44,7 +44,7 @@ class _Sides:
     heldout: list[Row]
 
 
-@stage(_NAME, version=1, facts=PreparedDataset, packages=("transformers",))
+@stage(_NAME, version=2, facts=PreparedDataset, packages=("transformers",))
 def prepare_dataset(
     ctx: Context,
     dataset: DatasetConfig,

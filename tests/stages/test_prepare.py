@@ -374,3 +374,14 @@ def test_progress_reaches_the_end(workshop):
 
     (*_, last) = workshop.progress.updates
     assert last[1] == last[2] == 1200
+
+
+def test_rows_that_share_a_line_keep_their_own_prompts(workshop):
+    path = workshop.folder / "rows.json"
+    path.write_text(json.dumps(pairs(40)))
+
+    facts = workshop.prepare(str(path))
+
+    assert facts.num_prompts == facts.heldout.num_rows > 1
+    for prompt in read_prompts(workshop.out):
+        assert prompt.references == (prompt.text.replace("day", "noon"),)
