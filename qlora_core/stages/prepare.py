@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from qlora_core.artifacts import PreparedDataset
 from qlora_core.config import DatasetConfig, ModelConfig
-from qlora_core.data.audit import Drops, summarise
+from qlora_core.data.audit import Drops, Reason, summarise
 from qlora_core.data.encoding import Encoder
 from qlora_core.data.layouts import describe
 from qlora_core.data.pipeline import Pipeline, Row, Side
@@ -147,10 +147,7 @@ def _check(sides: _Sides, dataset: DatasetConfig, drops: Drops, *, is_own_file: 
         if not side:
             raise DataError(
                 f"No {name} row is left: {drops.describe()}.",
-                why="too_long means longer than dataset.max_length="
-                f"{dataset.max_length} tokens; nothing_supervised, that the chat template marks "
-                "nothing as the assistant's; in_heldout, that a held-out row has the same "
-                f"{dataset.heldout.by}.",
+                why="; ".join(_meanings(dataset, drops)),
                 fix="Change what dropped them, or give other rows.",
             )
     if not any(row.tokens.has_stop for row in sides.train):
@@ -159,6 +156,19 @@ def _check(sides: _Sides, dataset: DatasetConfig, drops: Drops, *, is_own_file: 
             fix="End chats with an assistant turn, and use a chat template that ends its turns "
             "with the tokenizer's eos_token (model.chat_template).",
         )
+
+
+def _meanings(dataset: DatasetConfig, drops: Drops) -> list[str]:
+    """Say of each reason that occurred what it means."""
+    meanings: dict[Reason, str] = {
+        "empty": "the prompt or the answer is blank",
+        "too_long": f"longer than dataset.max_length={dataset.max_length} tokens",
+        "duplicate": "a row before says the same",
+        "special_tokens": "holds text of a special token (dataset.special_tokens_in_text)",
+        "in_heldout": f"a held-out row has the same {dataset.heldout.by}",
+        "nothing_supervised": "the chat template marks nothing as the assistant's",
+    }
+    return [f"{reason}: {text}" for reason, text in meanings.items() if drops.counts[reason]]
 
 
 def _at_most(rows: list[Row], max_rows: int | None, drops: Drops) -> list[Row]:

@@ -289,3 +289,10 @@ def test_a_gguf_file_opens_quietly_and_can_be_saved_like_any_other_model(
     with torch.no_grad():
         assert_close(again(**ids).logits, model(**ids).logits)
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(tokenizer)
+
+
+def test_a_model_whose_sizes_are_not_those_of_its_weights_is_refused_with_the_weight(copy):
+    edited(copy / "config.json", vocab_size=400)
+
+    with pytest.raises(ModelError, match=r"wrong shape, the first 'model.embed_tokens.weight'"):
+        opened(copy)
