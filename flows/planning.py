@@ -62,9 +62,11 @@ def make_plan(config: RunConfig) -> Plan:
     """Return what running this recipe here would do.
 
     Raises:
-        UserError: The recipe points at something that is not there, or not a causal model.
+        UserError: The recipe points at something that is not there, or not a causal model; or its
+            first rows and the model's tokenizer do not go together.
     """
     lookup = _Lookup(config)
+    stages.check_first_rows(lookup)
     known = _look_up(lookup)
     data = known.get("data")
     model_config = load_config(config.model, lookup.sources.model)

@@ -8,6 +8,7 @@ out; or by a hash of each row. See `qlora_core.data` for how the parts work.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import GenerationConfig
@@ -70,10 +71,7 @@ def prepare_dataset(
         DataError: Rows are malformed, or no training or held-out row is left.
         ModelError: The tokenizer has no chat template, or none that ends an answer.
     """
-    _check_length(dataset, model, model_source)
-    tokenizer = load_tokenizer(model, model_source, template_source)
-    escape = dataset.special_tokens_in_text == "escape"
-    encoder = Encoder(tokenizer, _stop_tokens(tokenizer, model_source), escape=escape)
+    encoder = _encoder(dataset, model, model_source, template_source)
     with Drops(ctx.out / "dropped.jsonl") as drops:
         pipeline = Pipeline(dataset, encoder, drops)
         sides = _read(pipeline, dataset, source, heldout_source, ctx.progress)
@@ -83,6 +81,47 @@ def prepare_dataset(
     prompts = _prompts(sides.heldout)
     _write(ctx.out, _Sides(train, sides.heldout), prompts, encoder)
     return _facts(ctx, pipeline, encoder, drops, len(prompts), [*train, *sides.heldout])
+
+
+def check_inputs(
+    dataset: DatasetConfig,
+    model: ModelConfig,
+    source: Source,
+    heldout_source: Source | None,
+    model_source: Source,
+    template_source: Source | None,
+) -> None:
+    """Raise what `prepare_dataset` would raise, as far as the first rows of local files tell.
+
+    Args:
+        dataset: As in `prepare_dataset`, like all others.
+        model: Whose tokenizer is used.
+        source: The rows.
+        heldout_source: Held-out rows, if they have a file of their own.
+        model_source: Where the tokenizer lies.
+        template_source: A chat template to use instead of the tokenizer's own.
+
+    Raises:
+        ConfigError: `max_length` is more than the model takes, or the columns fit no format.
+        DataError: Rows are malformed.
+        ModelError: The tokenizer has no chat template, or none that ends an answer.
+    """
+    encoder = _encoder(dataset, model, model_source, template_source)
+    files = [found for found in (source, heldout_source) if found and found.kind == "file"]
+    with TemporaryDirectory() as folder, Drops(Path(folder) / "dropped.jsonl") as drops:
+        pipeline = Pipeline(dataset, encoder, drops)
+        for file in files:
+            next(pipeline.rows(file, lambda _: "train", lambda: None), None)
+        pipeline.problems.raise_if_any()
+
+
+def _encoder(
+    dataset: DatasetConfig, model: ModelConfig, source: Source, template: Source | None
+) -> Encoder:
+    _check_length(dataset, model, source)
+    tokenizer = load_tokenizer(model, source, template)
+    escape = dataset.special_tokens_in_text == "escape"
+    return Encoder(tokenizer, _stop_tokens(tokenizer, source), escape=escape)
 
 
 def _check_length(dataset: DatasetConfig, model: ModelConfig, source: Source) -> None:

@@ -1,7 +1,10 @@
 """What a plan looks like; what is in it is tested in tests/test_plan.py."""
 
 import json
+import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from transformers import LlamaConfig
@@ -9,6 +12,7 @@ from transformers import LlamaConfig
 from flows.planning import make_plan, show_plan
 from flows.quantities import count, size
 from qlora_core.config import RunConfig
+from qlora_core.errors import ModelError, UserError
 from qlora_core.modeling.memory import shape_of
 from qlora_core.plan import RawSize, plan_run
 from tests.test_plan import CPU, plan, prepared, recipe
@@ -61,17 +65,54 @@ def test_memory_of_a_small_model_is_not_shown_as_zero():
     assert "Memory of one worker [GB]" in shown(plan())
 
 
-@pytest.mark.parametrize("ending", ["json", "parquet"])
-def test_lines_of_a_file_that_has_no_row_a_line_are_not_counted(tmp_path, tiny_llama, ending):
-    path = tmp_path / f"rows.{ending}"
-    path.write_text(json.dumps([{"prompt": "a", "completion": "b"}] * 50))
-    config = RunConfig.model_validate(
-        {
-            "name": "r",
-            "model": {"source": str(tiny_llama)},
-            "dataset": {"source": str(path)},
-            "workspace": {"store": str(tmp_path / "store")},
-        }
-    )
+PAIRS = [{"prompt": f"day {n}", "completion": f"noon {n}"} for n in range(9)]
 
-    assert make_plan(config).training is None
+
+@pytest.fixture
+def planned(tmp_path, tiny_llama):
+    def make(rows=PAIRS, ending="jsonl", model=tiny_llama, **dataset):
+        path = tmp_path / f"rows.{ending}"
+        if ending == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            path.write_text(
+                json.dumps(rows) if ending == "json" else "\n".join(map(json.dumps, rows))
+            )
+        return make_plan(
+            RunConfig.model_validate(
+                {
+                    "name": "r",
+                    "model": {"source": str(model)},
+                    "dataset": {"source": str(path), "max_length": 128} | dataset,
+                    "workspace": {"store": str(tmp_path / "store")},
+                }
+            )
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("ending", ["json", "parquet"])
+def test_lines_of_a_file_that_has_no_row_a_line_are_not_counted(planned, ending):
+    assert planned(ending=ending).training is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"max_length": 257}, "257 is more than the 256 tokens"),
+        ({"columns": {"prompt": "question"}}, "no column 'question'"),
+        ({"rows": [*PAIRS, {"prompt": "day"}]}, "rows.jsonl:10: has no column 'completion'"),
+    ],
+)
+def test_a_plan_finds_what_preparing_would_stumble_over(planned, wrong, said):
+    with pytest.raises(UserError, match=said):
+        planned(**wrong)
+
+
+def test_a_plan_finds_that_the_model_has_no_chat_template(planned, tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+
+    with pytest.raises(ModelError, match="no chat template"):
+        planned(model=tmp_path / "model")
