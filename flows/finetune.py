@@ -71,6 +71,7 @@ def finetune(config: RunConfig) -> RunResult:
         config: The recipe.
     """
     with running(config) as run:
+        stages.check_first_rows(run.workspace)
         made = _finish(_submit(run.workspace))
         return _publish(run, made)
 

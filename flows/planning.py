@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flows.quantities import size, unit_of
 from qlora_core.artifacts import Artifact, Facts, PreparedDataset
 from qlora_core.config import RunConfig
 from qlora_core.modeling.loading import load_config
@@ -30,8 +31,8 @@ P = ParamSpec("P")
 F = TypeVar("F", bound=Facts)
 
 _COUNTED_BYTES = 256 << 20
+_ONE_ROW_A_LINE = (".jsonl", ".ndjson", ".csv")
 _COLORS = {"cached": "cyan", "to run": "green", "unknown": "yellow"}
-_GB = 1e9
 
 
 class _NotThereError(Exception):
@@ -61,9 +62,11 @@ def make_plan(config: RunConfig) -> Plan:
     """Return what running this recipe here would do.
 
     Raises:
-        UserError: The recipe points at something that is not there, or not a causal model.
+        UserError: The recipe points at something that is not there, or not a causal model; or its
+            first rows and the model's tokenizer do not go together.
     """
     lookup = _Lookup(config)
+    stages.check_first_rows(lookup)
     known = _look_up(lookup)
     data = known.get("data")
     model_config = load_config(config.model, lookup.sources.model)
@@ -129,13 +132,13 @@ def _device(ws: _Lookup) -> Device:
 
 
 def _raw_size(path: Path | None) -> RawSize | None:
-    if path is None or not path.is_file():
+    if path is None or path.suffix.lower() not in _ONE_ROW_A_LINE:
         return None
-    size = path.stat().st_size
+    num_bytes = path.stat().st_size
     with path.open("rb") as file:
         counted = file.read(_COUNTED_BYTES)
-    lines = counted.count(b"\n") * max(1.0, size / max(1, len(counted)))
-    return RawSize(num_bytes=size, num_lines=max(1, round(lines)))
+    lines = counted.count(b"\n") * max(1.0, num_bytes / max(1, len(counted)))
+    return RawSize(num_bytes=num_bytes, num_lines=max(1, round(lines)))
 
 
 def _stages(plan: Plan) -> Table:
@@ -149,21 +152,24 @@ def _stages(plan: Plan) -> Table:
 
 
 def _training_line(plan: Plan) -> str:
-    size = plan.training
-    assert size is not None, "asked for only when there is one"  # noqa: S101
-    about = "" if size.is_exact else "about "
-    return (
-        f"training: {about}{size.num_rows} rows, {size.num_steps} optimizer steps, "
-        f"{about}{size.num_tokens} tokens ({size.supervised_share:.0%} supervised), "
-        f"longest row {size.longest_row} tokens"
-    )
+    rows = plan.training
+    assert rows is not None, "asked for only when there is one"  # noqa: S101
+    about = "" if rows.is_exact else "about "
+    steps = f"training: {about}{rows.num_rows} rows, {rows.num_steps} optimizer steps"
+    tokens = f"{about}{rows.num_tokens} tokens"
+    if rows.supervised_share is None:
+        unknown = "supervised share known once prepared"
+        return f"{steps}, {tokens} ({unknown}), longest row at most {rows.longest_row} tokens"
+    share = f"{rows.supervised_share:.0%} supervised"
+    return f"{steps}, {tokens} ({share}), longest row {rows.longest_row} tokens"
 
 
 def _memory(plan: Plan) -> Table:
     device = plan.device
-    caption = f"of {device.memory_bytes / _GB:.1f} GB on {device.name}; activations are estimated"
+    unit, unit_bytes = unit_of(min(estimate.total for estimate in plan.memory))
+    caption = f"of {size(device.memory_bytes)} on {device.name}; activations are estimated"
     table = Table(
-        title="Memory of one worker [GB]",
+        title=f"Memory of one worker [{unit}]",
         caption=caption,
         box=box.SIMPLE_HEAD,
         title_justify="left",
@@ -172,9 +178,9 @@ def _memory(plan: Plan) -> Table:
     table.add_column("component")
     for estimate in plan.memory:
         table.add_column(estimate.strategy, justify="right")
-    for name, sizes in plan.rows():
+    for name, parts in plan.rows():
         style = "bold" if name == "total" else ""
-        table.add_row(name, *(f"{size / _GB:.3f}" for size in sizes), style=style)
+        table.add_row(name, *(f"{part / unit_bytes:.3f}" for part in parts), style=style)
     fits = ("[green]yes[/]" if plan.fits(e) else "[red]no[/]" for e in plan.memory)
     table.add_row("fits", *fits)
     return table

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.console import title
+from flows.quantities import count, size
 from flows.records import ArtifactRef, RunRecord
 from qlora_core.artifacts import (
     AdapterCheckpoint,
@@ -153,8 +154,8 @@ def _headline(role: str, ref: ArtifactRef) -> str:
         return _adapter_line(AdapterCheckpoint.model_validate(ref.facts))
     if role == "merged":
         merged = MergedModel.model_validate(ref.facts)
-        size = f"{merged.size_bytes / 1e6:.0f} MB"
-        return f"{merged.dtype}, {size}, onto {merged.onto} weights"
+        on_disk = size(merged.size_bytes)
+        return f"{merged.dtype}, {on_disk}, onto {merged.onto} weights"
     if role == "registered":
         registered = RegisteredModel.model_validate(ref.facts)
         return f"{registered.name} version {registered.adapter_version}"
@@ -166,7 +167,7 @@ def _headline(role: str, ref: ArtifactRef) -> str:
 
 def _data_line(facts: PreparedDataset) -> str:
     dropped = sum(facts.dropped.values())
-    reasons = ", ".join(f"{count} {reason}" for reason, count in facts.dropped.items() if count)
+    reasons = ", ".join(f"{number} {reason}" for reason, number in facts.dropped.items() if number)
     share = facts.train.num_supervised_tokens / max(1, facts.train.num_tokens)
     return (
         f"{facts.train.num_rows} rows to train on, {facts.heldout.num_rows} held out; "
@@ -177,7 +178,7 @@ def _data_line(facts: PreparedDataset) -> str:
 
 def _base_line(facts: QuantizedBase) -> str:
     return (
-        f"{facts.num_parameters / 1e6:.0f} M parameters, {facts.size_bytes / 1e6:.0f} MB in "
+        f"{count(facts.num_parameters)} parameters, {size(facts.size_bytes)} in "
         f"{facts.method} ({facts.bits_per_parameter:.2f} bits each); "
         f"quantisation error {facts.mean_relative_error:.1%}; computes in {facts.compute_dtype}"
     )
@@ -187,10 +188,10 @@ def _adapter_line(facts: AdapterCheckpoint) -> str:
     resumed = f"; resumed at {', '.join(map(str, facts.resumed_at))}" if facts.resumed_at else ""
     stopped = " (stopped early)" if facts.stopped_early else ""
     return (
-        f"{facts.num_trainable_parameters / 1e6:.2f} M weights, {facts.num_steps} of "
+        f"{count(facts.num_trainable_parameters)} weights, {facts.num_steps} of "
         f"{facts.num_steps_planned} steps{stopped}; loss {facts.train_loss:.3f}, held out "
         f"{facts.heldout_loss:.3f}; {facts.tokens_per_s:.0f} tok/s, "
-        f"{facts.peak_memory_bytes / 1e9:.1f} GB{resumed}"
+        f"{size(facts.peak_memory_bytes)}{resumed}"
     )
 
 

@@ -149,7 +149,9 @@ class AdapterConfig(Config):
     """The update is scaled by alpha / R (by alpha / sqrt(R) with `rslora`)."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout on the adapter's input."""
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", examples=[["q_proj", "v_proj"]]
+    )
     """Which linear layers get an adapter: `all-linear` (all but the head) or names' endings."""
     rslora: bool = False
     """Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732)."""
@@ -158,6 +160,9 @@ class AdapterConfig(Config):
     init: Literal["default", "gaussian", "orthogonal"] = "default"
     """How A starts; B starts at zero, so the first step is the base model's (`orthogonal` starts
     both on orthogonal frames whose product is zero)."""
+
+
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingConfig(Config):
@@ -171,17 +176,17 @@ class TrainingConfig(Config):
     """Rows per optimizer step, over all workers."""
     micro_batch: int = Field(4, gt=0)
     """Rows per forward pass and worker; lower it to save memory, the result stays the same."""
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: float = Field(2e-4, gt=0, le=1)
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup: float = Field(0.03, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from zero."""
-    min_learning_rate: float = Field(0.0, ge=0)
+    min_learning_rate: float = Field(0.0, ge=0, le=1)
     """Where `cosine` and `linear` end."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients with a larger global norm are scaled down to it."""
@@ -199,18 +204,21 @@ class TrainingConfig(Config):
     paged out of a full GPU to the host."""
 
     @model_validator(mode="after")
-    def _whole_passes(self) -> Self:
+    def _fields_go_together(self) -> Self:
+        problems = []
         if self.global_batch % self.micro_batch:
             fits = max(n for n in range(1, self.micro_batch) if self.global_batch % n == 0)
-            raise ValueError(
+            problems.append(
                 f"global_batch={self.global_batch} is not a multiple of micro_batch="
                 f"{self.micro_batch}, so no number of passes makes a step; try micro_batch={fits}."
             )
         if self.early_stopping and not self.heldout_every:
-            raise ValueError(
+            problems.append(
                 f"early_stopping={self.early_stopping} counts held-out measurements, but "
                 "heldout_every is not set, so there are none on the way; try heldout_every=50."
             )
+        if problems:
+            raise ValueError(" And ".join(problems))
         return self
 
 
@@ -233,7 +241,9 @@ class EvaluationConfig(Config):
     """At most this many held-out prompts; none: all."""
     generate: bool = True
     """Answer each prompt and score the answers; without, only loss and perplexity."""
-    scorers: tuple[ScorerName | CustomScorer, ...] = ("exact_match",)
+    scorers: tuple[ScorerName | CustomScorer, ...] = Field(
+        ("exact_match",), examples=[["bleu", {"file": "scorer.py", "function": "score"}]]
+    )
     """How answers are scored."""
     max_new_tokens: int = Field(128, gt=0)
     """Longest answer in tokens; answers cut there are counted."""

@@ -77,9 +77,10 @@ class TrainingSize(Frozen):
     num_tokens: int
     """Non-padding tokens over the whole training."""
     longest_row: int
-    """Tokens; what memory has to be enough for."""
-    supervised_share: float
-    """Of the tokens."""
+    """Tokens; what memory has to be enough for. Where rows are not prepared, the most there may
+    be."""
+    supervised_share: float | None
+    """Of the tokens; none where rows are not prepared."""
     is_exact: bool
     """Counted in the prepared dataset; otherwise estimated from the file."""
 
@@ -186,7 +187,7 @@ def training_size(
     num_rows = max(1, round(share * raw.num_lines))
     num_rows = min(num_rows, config.dataset.max_rows or num_rows)
     num_tokens = round(raw.num_bytes / BYTES_PER_TOKEN * num_rows / raw.num_lines)
-    return _sized(config, num_rows, num_tokens, config.dataset.max_length, 1.0, exact=False)
+    return _sized(config, num_rows, num_tokens, config.dataset.max_length, None, exact=False)
 
 
 def _sized(
@@ -194,7 +195,7 @@ def _sized(
     num_rows: int,
     num_tokens: int,
     longest: int,
-    supervised: float,
+    supervised: float | None,
     *,
     exact: bool,
 ) -> TrainingSize | None:
@@ -235,7 +236,8 @@ def _workload(
 ) -> Workload:
     """Return the largest micro-batch: all its rows as long as the longest."""
     longest = training.longest_row if training else config.dataset.max_length
-    share = training.supervised_share if training else 1.0
+    known = training.supervised_share if training else None
+    share = 1.0 if known is None else known  # memory for the most there may be
     num_tokens = config.training.micro_batch * longest
     wanted = config.training.checkpointing
     plain = Workload(
@@ -266,7 +268,8 @@ def _notes(config: RunConfig, training: TrainingSize | None, workload: Workload)
     elif not training.is_exact:
         notes.append(
             f"Tokens are estimated ({BYTES_PER_TOKEN:g} bytes each where the dataset is not "
-            "prepared, whole-epoch means where a part of an epoch is trained)."
+            "prepared, without those of the chat template; whole-epoch means where a part of an "
+            "epoch is trained)."
         )
     if config.training.checkpointing == "auto" and workload.checkpointing:
         notes.append("Activations are recomputed in the backward pass, or they would not fit.")

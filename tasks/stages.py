@@ -20,6 +20,8 @@ from qlora_core.artifacts import (
     QuantizedBase,
     RegisteredModel,
 )
+from qlora_core.config import DatasetConfig, ModelConfig
+from qlora_core.sources import Source
 from qlora_core.stages import evaluate, merge, prepare, quantize, register, train
 from tasks.wiring import Workspace, is_transient
 
@@ -49,17 +51,28 @@ def stage_task(run: Callable[..., R]) -> Task[..., R]:
 @stage_task
 def prepare_dataset(ws: Workspace) -> Data:
     """Read, split and tokenise the rows."""
+    return ws.produce("data", prepare.prepare_dataset, *_rows_and_model(ws))
+
+
+def check_first_rows(ws: Workspace) -> None:
+    """Raise what preparing would raise later, beside a model that is being loaded for minutes.
+
+    Where the store has the prepared rows there is nothing to check.
+    """
+    inputs = _rows_and_model(ws)
+    if (
+        ws.store.find(prepare.prepare_dataset, ws.store.key(prepare.prepare_dataset, *inputs))
+        is None
+    ):
+        prepare.check_inputs(*inputs)
+
+
+def _rows_and_model(
+    ws: Workspace,
+) -> tuple[DatasetConfig, ModelConfig, Source, Source | None, Source, Source | None]:
     config, found = ws.config, ws.sources
-    return ws.produce(
-        "data",
-        prepare.prepare_dataset,
-        config.dataset,
-        config.model,
-        found.dataset,
-        found.heldout,
-        found.model,
-        found.template,
-    )
+    rows, model = (found.dataset, found.heldout), (found.model, found.template)
+    return config.dataset, config.model, *rows, *model
 
 
 @stage_task

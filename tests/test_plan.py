@@ -127,7 +127,7 @@ def test_without_a_prepared_dataset_tokens_come_from_the_files_size():
     assert not size.is_exact
     assert (size.num_rows, size.num_steps, size.num_tokens) == (800, 50, 80_000)
     assert size.longest_row == 300
-    assert size.supervised_share == 1.0
+    assert size.supervised_share is None
 
 
 def test_max_rows_and_a_heldout_file_are_respected():

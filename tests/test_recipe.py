@@ -104,17 +104,14 @@ def test_a_scalar_means_what_it_looks_like(written, means):
         ("- 1\n", "a recipe is a mapping"),
         ("a: b: c\n", "t:1"),
         ("\ta: 1\n", "t:1"),
+        ("a: 1\n? [a, b]\n: 3\n", "t:2: .*a field's name must be text"),
+        ("a: 1\nb: !!python/object/apply:os.system ['true']\n", "t:2: .*tags .* not allowed"),
+        ("a: !!str 3\n", "t:1: .*tags .* not allowed"),
     ],
 )
 def test_yaml_that_would_surprise_is_refused_with_its_line(text, complaint):
     with pytest.raises(ConfigError, match=complaint):
         parse_yaml(text, "t")
-
-
-def test_an_object_tag_makes_no_object(tmp_path):
-    data, _ = parse_yaml("a: !!python/object/apply:os.system ['true']\n", "t")
-
-    assert data == {"a": ["true"]}
 
 
 def test_a_huge_file_is_refused_before_it_is_parsed(tmp_path):
@@ -185,3 +182,90 @@ def test_a_gate_on_something_unmeasured_is_refused(recipe):
     told = problems(recipe(MINIMAL + "gate: {metric: bleu}\n"))
 
     assert "choose one of loss, exact_match" in told
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("betas.0", "betas: [2, 0.9]"),
+        ("betas.1", "betas: [0.9, -1]"),
+        ("learning_rate", "learning_rate: 1e30"),
+        ("min_learning_rate", "min_learning_rate: 2"),
+    ],
+)
+def test_a_number_that_training_could_not_survive_is_refused(recipe, field, wrong):
+    assert f"training.{field} (line 6): got" in problems(
+        recipe(MINIMAL + f"training: {{{wrong}}}\n")
+    )
+
+
+def test_how_fields_go_together_is_told_beside_what_is_wrong_in_one_of_them(recipe):
+    told = problems(
+        recipe(
+            "name: 010\n"
+            "model: {source: org/model, trust_remote_code: true}\n"
+            "dataset: {source: gone.jsonl}\n"
+            "training: {epochs: -1, global_batch: 10, early_stopping: 3}\n"
+            "gate: {metric: bleu}\n"
+        )
+    )
+
+    for part in (
+        "6 problems",
+        "name (line 1): got 10; should be text: put it in quotes",
+        "model (line 2): trust_remote_code=true",
+        "training.epochs (line 4): got -1",
+        "try micro_batch=2. And early_stopping=3 counts",
+        "gate.metric='bleu' is not measured",
+        "gone.jsonl",
+    ):
+        assert part in told
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "evaluation: {scorers: bleu}\ngate: {metric: bleu}\n",
+        "training: {global_batch: 0, micro_batch: 32}\n",
+        "training: {early_stopping: 3, heldout_every: -1}\n",
+        "training: {schedule: {a: 1}}\n",
+        "evaluation: {scorers: [{function: f}]}\n",
+        "a.b: 1\n",
+    ],
+)
+def test_a_wrong_value_causes_no_second_problem(recipe, wrong):
+    assert "1 problem\n" in problems(recipe(MINIMAL + wrong))
+
+
+def test_lists_and_groups_are_called_what_a_yaml_reader_calls_them(recipe):
+    told = problems(
+        recipe(MINIMAL + "quantization: {skip: lm_head}\nadapter: {targets: 3}\nmerge: 3\n")
+    )
+
+    assert 'quantization.skip (line 6): got "lm_head"; should be a list, e.g. ["lm_head"]' in told
+    assert 'e.g. "all-linear" or ["q_proj", "v_proj"]' in told
+    assert "merge (line 8): got 3; should be a group of fields (name: value)" in told
+
+
+def test_an_override_of_a_group_leaves_its_other_fields_as_they_are(recipe):
+    path = recipe(MINIMAL.replace("rows.jsonl", "rows.jsonl\n  columns: {prompt: a}"))
+
+    config = load_config(path, ["dataset={max_length: 7, columns: {completion: b}}"])
+
+    assert config.dataset.source == str(path.parent / "rows.jsonl")
+    assert config.dataset.max_length == 7
+    assert config.dataset.columns == {"completion": "b"}
+
+
+def test_an_override_of_an_item_changes_that_item(recipe):
+    path = recipe(MINIMAL + "evaluation: {scorers: [bleu, chrf]}\n")
+
+    config = load_config(path, ["evaluation.scorers.1=rouge_l"])
+
+    assert config.evaluation.scorers == ("bleu", "rouge_l")
+    assert "no item of a list of 2" in problems(path, "evaluation.scorers.2=rouge_l")
+    assert "has no list there" in problems(recipe(), "evaluation.scorers.0=rouge_l")
+
+
+def test_an_override_that_is_no_plain_value_says_why(recipe):
+    assert "tags (!name) are not allowed" in problems(recipe(), "training.epochs=!!float 3")

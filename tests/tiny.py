@@ -5,6 +5,7 @@ tokenizer is byte-level BPE with ChatML's special tokens, so chat templates, sto
 tokens inside text behave as in real models.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -64,3 +65,17 @@ def make_tiny_llama(folder: Path, *, seed: int = 0, num_layers: int = 2) -> Path
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def bring_own_code(folder: Path) -> None:
+    """Make the Llama in ``folder`` a model whose class comes with it, as a Python file."""
+    (folder / "modeling_mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
+    )
+    code = {"AutoConfig": "MineConfig", "AutoModelForCausalLM": "MineForCausalLM"}
+    auto_map = {name: f"modeling_mine.{cls}" for name, cls in code.items()}
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "architectures": [], "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(config))

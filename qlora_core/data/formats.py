@@ -5,6 +5,7 @@ applied to every row. Whatever is not understood is refused with the row's place
 role, or a tool call that no field of ours carries, would else be trained on half.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
@@ -122,6 +123,8 @@ def _as_text(value: object, column: str) -> str:
         return ""
     if isinstance(value, str):
         return checked_text(value, f"column {column!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(f"column {column!r} holds {value}, which is no text; write null or text")
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     raise BadRow(f"column {column!r} holds a {type(value).__name__}, but text is needed")

@@ -141,14 +141,14 @@ class Pipeline:
                 self._drop(draft.place, reason, draft.content)
             else:
                 pairs.append((draft, encoded))
-        asked = [draft for draft, _ in pairs if is_chat and draft.side == "heldout"]
-        prompt_ids = self._encoder.encode_prompts([draft.rendered for draft in asked])
-        prompts = {
-            draft.place: _prompt(draft.content, ids)
-            for draft, ids in zip(asked, prompt_ids, strict=True)
-        }
-        for draft, encoded in pairs:
-            yield _row(draft, encoded, prompts.get(draft.place))
+        asked = [is_chat and draft.side == "heldout" for draft, _ in pairs]
+        rendered = [
+            draft.rendered for (draft, _), is_asked in zip(pairs, asked, strict=True) if is_asked
+        ]
+        prompt_ids = iter(self._encoder.encode_prompts(rendered))
+        for (draft, encoded), is_asked in zip(pairs, asked, strict=True):
+            prompt = _prompt(draft.content, next(prompt_ids)) if is_asked else None
+            yield _row(draft, encoded, prompt)
 
     def _objection(self, side: Side, tokens: Encoded) -> Reason | None:
         """Say why a tokenised row is left out, if it is."""

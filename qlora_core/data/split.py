@@ -64,7 +64,8 @@ def check_sides(drawn: Collection[float], fraction: float, by: By) -> None:
         f"{len(set(drawn))} different by {by}, leaves none.",
         fix=(f"Try dataset.heldout.fraction={does / 1000}, or name" if would_do else "Name")
         + " a file of held-out rows in dataset.heldout.source"
-        + ("." if by == "row" else ", or split by: row."),
+        + (", or" if by == "row" else ", split by: row, or")
+        + " give more rows.",
     )
 
 

@@ -126,7 +126,8 @@ def load_original(model: ModelConfig, source: Source, dtype: torch.dtype | None)
         unpack = GgufConfig(dequantize=True)
         asked: dict[str, Any] = {"dtype": dtype or torch.float32, "quantization_config": unpack}
     else:
-        asked = {"dtype": dtype or "auto", "use_safetensors": True}
+        # transformers would raise over a wrong shape, in words that explain nothing
+        asked = {"dtype": dtype or "auto", "use_safetensors": True, "ignore_mismatched_sizes": True}
     with _said_our_way(model, "model"), gguf_read_once():
         loaded, report = AutoModelForCausalLM.from_pretrained(
             place.folder, output_loading_info=True, **asked, **place.options()
@@ -136,7 +137,8 @@ def load_original(model: ModelConfig, source: Source, dtype: torch.dtype | None)
             f"model.source={model.source!r} is incomplete: {len(absent)} weights are missing or of "
             f"the wrong shape, the first {absent[0]!r}.",
             why="transformers would start them at random.",
-            fix="Download the model again.",
+            fix="Download the model again; if its config.json was edited, give it the sizes of the "
+            "weights (vocab_size and others) back.",
         )
     return _plain(loaded)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qlora_core.artifacts import (
     AdapterCheckpoint,
@@ -37,7 +37,7 @@ from qlora_core.evaluation.metrics import Scorer, make_scorers, measure, score_a
 from qlora_core.evaluation.records import AnswerRow, LossRow, Records, write_records
 from qlora_core.fingerprint import canonical_json
 from qlora_core.modeling.dense import dense_weights
-from qlora_core.modeling.loading import load_base, load_saved_tokenizer, quiet
+from qlora_core.modeling.loading import load_base, load_merged, load_saved_tokenizer
 from qlora_core.modeling.lora import load_adapter
 from qlora_core.ports import Context, stage
 from qlora_core.sources import Source
@@ -100,7 +100,7 @@ def evaluate_model(
     used = make_scorers(evaluation, scorers) if evaluation.generate else ()
     questions = _questions(evaluation, data.path)
     folder = merged.path if merged else base.path
-    model = _load_merged(folder) if merged else _load(base.path, adapter)
+    model = load_merged(folder, _device()) if merged else _load(base.path, adapter)
     records = _ask(ctx, evaluation, subject, questions, model, folder, used)
     write_records(ctx.out, records)
     report = _report(evaluation, subject, questions, records, time.monotonic() - started)
@@ -138,21 +138,6 @@ def _load(base: Path, adapter: Artifact[AdapterCheckpoint] | None) -> PreTrained
     if adapter is not None:
         load_adapter(model, adapter.path)  # PEFT puts its layers into the model itself
     return model.eval()
-
-
-def _load_merged(folder: Path) -> PreTrainedModel:
-    """Load 16-bit weights; on a CPU as float32, which holds them exactly and multiplies fast."""
-    device = _device()
-    with quiet():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder / "model",
-            dtype=torch.float32 if device.type == "cpu" else "auto",
-            device_map={"": device},
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    return model.requires_grad_(False).eval()
 
 
 def _ask(

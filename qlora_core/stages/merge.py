@@ -200,7 +200,7 @@ def _load_merged(folder: Path, inputs: _Inputs) -> PreTrainedModel:
             device_map={"": inputs.device},
             use_safetensors=True,
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=inputs.model.trust_remote_code,
             output_loading_info=True,
         )
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]

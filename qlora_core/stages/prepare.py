@@ -8,13 +8,14 @@ out; or by a hash of each row. See `qlora_core.data` for how the parts work.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import GenerationConfig
 
 from qlora_core.artifacts import PreparedDataset
 from qlora_core.config import DatasetConfig, ModelConfig
-from qlora_core.data.audit import Drops, summarise
+from qlora_core.data.audit import Drops, Reason, summarise
 from qlora_core.data.encoding import Encoder
 from qlora_core.data.layouts import describe
 from qlora_core.data.pipeline import Pipeline, Row, Side
@@ -44,7 +45,7 @@ class _Sides:
     heldout: list[Row]
 
 
-@stage(_NAME, version=1, facts=PreparedDataset, packages=("transformers",))
+@stage(_NAME, version=2, facts=PreparedDataset, packages=("transformers",))
 def prepare_dataset(
     ctx: Context,
     dataset: DatasetConfig,
@@ -70,10 +71,7 @@ def prepare_dataset(
         DataError: Rows are malformed, or no training or held-out row is left.
         ModelError: The tokenizer has no chat template, or none that ends an answer.
     """
-    _check_length(dataset, model, model_source)
-    tokenizer = load_tokenizer(model, model_source, template_source)
-    escape = dataset.special_tokens_in_text == "escape"
-    encoder = Encoder(tokenizer, _stop_tokens(tokenizer, model_source), escape=escape)
+    encoder = _encoder(dataset, model, model_source, template_source)
     with Drops(ctx.out / "dropped.jsonl") as drops:
         pipeline = Pipeline(dataset, encoder, drops)
         sides = _read(pipeline, dataset, source, heldout_source, ctx.progress)
@@ -83,6 +81,47 @@ def prepare_dataset(
     prompts = _prompts(sides.heldout)
     _write(ctx.out, _Sides(train, sides.heldout), prompts, encoder)
     return _facts(ctx, pipeline, encoder, drops, len(prompts), [*train, *sides.heldout])
+
+
+def check_inputs(
+    dataset: DatasetConfig,
+    model: ModelConfig,
+    source: Source,
+    heldout_source: Source | None,
+    model_source: Source,
+    template_source: Source | None,
+) -> None:
+    """Raise what `prepare_dataset` would raise, as far as the first rows of local files tell.
+
+    Args:
+        dataset: As in `prepare_dataset`, like all others.
+        model: Whose tokenizer is used.
+        source: The rows.
+        heldout_source: Held-out rows, if they have a file of their own.
+        model_source: Where the tokenizer lies.
+        template_source: A chat template to use instead of the tokenizer's own.
+
+    Raises:
+        ConfigError: `max_length` is more than the model takes, or the columns fit no format.
+        DataError: Rows are malformed.
+        ModelError: The tokenizer has no chat template, or none that ends an answer.
+    """
+    encoder = _encoder(dataset, model, model_source, template_source)
+    files = [found for found in (source, heldout_source) if found and found.kind == "file"]
+    with TemporaryDirectory() as folder, Drops(Path(folder) / "dropped.jsonl") as drops:
+        pipeline = Pipeline(dataset, encoder, drops)
+        for file in files:
+            next(pipeline.rows(file, lambda _: "train", lambda: None), None)
+        pipeline.problems.raise_if_any()
+
+
+def _encoder(
+    dataset: DatasetConfig, model: ModelConfig, source: Source, template: Source | None
+) -> Encoder:
+    _check_length(dataset, model, source)
+    tokenizer = load_tokenizer(model, source, template)
+    escape = dataset.special_tokens_in_text == "escape"
+    return Encoder(tokenizer, _stop_tokens(tokenizer, source), escape=escape)
 
 
 def _check_length(dataset: DatasetConfig, model: ModelConfig, source: Source) -> None:
@@ -147,10 +186,7 @@ def _check(sides: _Sides, dataset: DatasetConfig, drops: Drops, *, is_own_file: 
         if not side:
             raise DataError(
                 f"No {name} row is left: {drops.describe()}.",
-                why="too_long means longer than dataset.max_length="
-                f"{dataset.max_length} tokens; nothing_supervised, that the chat template marks "
-                "nothing as the assistant's; in_heldout, that a held-out row has the same "
-                f"{dataset.heldout.by}.",
+                why="; ".join(_meanings(dataset, drops)),
                 fix="Change what dropped them, or give other rows.",
             )
     if not any(row.tokens.has_stop for row in sides.train):
@@ -159,6 +195,19 @@ def _check(sides: _Sides, dataset: DatasetConfig, drops: Drops, *, is_own_file: 
             fix="End chats with an assistant turn, and use a chat template that ends its turns "
             "with the tokenizer's eos_token (model.chat_template).",
         )
+
+
+def _meanings(dataset: DatasetConfig, drops: Drops) -> list[str]:
+    """Say of each reason that occurred what it means."""
+    meanings: dict[Reason, str] = {
+        "empty": "the prompt or the answer is blank",
+        "too_long": f"longer than dataset.max_length={dataset.max_length} tokens",
+        "duplicate": "a row before says the same",
+        "special_tokens": "holds text of a special token (dataset.special_tokens_in_text)",
+        "in_heldout": f"a held-out row has the same {dataset.heldout.by}",
+        "nothing_supervised": "the chat template marks nothing as the assistant's",
+    }
+    return [f"{reason}: {text}" for reason, text in meanings.items() if drops.counts[reason]]
 
 
 def _at_most(rows: list[Row], max_rows: int | None, drops: Drops) -> list[Row]:

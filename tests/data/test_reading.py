@@ -95,7 +95,8 @@ def test_whatever_is_malformed_is_named_with_file_and_line(tmp_path, name, data,
 
 
 def test_many_bad_lines_are_listed_at_once_and_counted(tmp_path):
-    path = write(tmp_path, "d.jsonl", "oops\n" * 30 + '{"a": 1}\n')
+    lines = "".join(f'{{"a": {" " * n}}}\n' for n in range(30))  # wrong at another column each
+    path = write(tmp_path, "d.jsonl", lines + '{"a": 1}\n')
 
     with pytest.raises(DataError) as caught:
         read(path)
@@ -103,6 +104,20 @@ def test_many_bad_lines_are_listed_at_once_and_counted(tmp_path):
     assert caught.value.what.startswith("30 rows cannot be used")
     assert str(caught.value).count("is not JSON") == 20
     assert "10 more" in str(caught.value)
+
+
+def test_rows_with_the_same_problem_share_a_line(tmp_path):
+    path = write(tmp_path, "d.jsonl", ('{"a": 1}\n' * 30).encode("utf-16-le") + b"\n3\n")
+
+    with pytest.raises(DataError) as caught:
+        read(path)
+
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("32 rows cannot be used")
+    assert "d.jsonl:1: holds NUL bytes" in lines[1]
+    assert lines[1].endswith("(also 2, 3, 28 more)")
+    assert "d.jsonl:32: is a JSON int" in lines[2]
+    assert len(lines) == 4
 
 
 def test_a_huge_line_is_refused_before_it_is_read_whole(tmp_path, monkeypatch):

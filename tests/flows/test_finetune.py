@@ -201,7 +201,8 @@ def test_bad_rows_end_the_run_with_their_own_error_and_are_not_tried_again(
     connection, recipe, store, tmp_path
 ):
     rows = tmp_path / "bad.jsonl"
-    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    good = '{"prompt": "a", "completion": "b"}\n'
+    rows.write_text(600 * good + '{"prompt": \n')  # beyond the rows that are checked beforehand
 
     with pytest.raises(DataError, match=r"bad\.jsonl"):
         run(changed(recipe, "dataset", source=str(rows)))
@@ -221,6 +222,21 @@ def test_bad_rows_end_the_run_with_their_own_error_and_are_not_tried_again(
         .info.status
         == "FAILED"
     )
+
+
+def test_bad_first_rows_end_the_run_before_any_stage_begins(connection, recipe, store, tmp_path):
+    rows = tmp_path / "bad.jsonl"
+    rows.write_text('{"prompt": \n')
+    watcher = Watcher()
+    fresh = changed(recipe, "quantization", double=False)
+
+    with pytest.raises(DataError, match=r"bad\.jsonl:1"):
+        run(changed(fresh, "dataset", source=str(rows)), watcher)
+
+    record = load_record(store)
+    assert record.state == "failed"
+    assert "bad.jsonl" in record.error
+    assert not watcher.built
 
 
 def task_states_now(store: Path, run_id: str) -> list[tuple[str, int]]:

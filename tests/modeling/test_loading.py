@@ -24,6 +24,7 @@ from qlora_core.modeling.loading import (
     quiet,
 )
 from qlora_core.sources import Source, find_source
+from tests.tiny import bring_own_code
 
 CHAT = [{"role": "user", "content": "day"}]
 
@@ -111,14 +112,7 @@ def test_trusted_code_is_run_for_the_original_and_for_the_base_made_from_it(
 ):
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
-    (copy / "modeling_mine.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
-        "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
-    )
-    code = {"AutoConfig": "MineConfig", "AutoModelForCausalLM": "MineForCausalLM"}
-    auto_map = {name: f"modeling_mine.{cls}" for name, cls in code.items()}
-    edited(copy / "config.json", model_type="mine", architectures=[], auto_map=auto_map)
+    bring_own_code(copy)
     trusting = ModelConfig(source=str(copy), trust_remote_code=True, revision="abc")
 
     original = load_original(trusting, find_source(str(copy)), torch.float32)
@@ -295,3 +289,10 @@ def test_a_gguf_file_opens_quietly_and_can_be_saved_like_any_other_model(
     with torch.no_grad():
         assert_close(again(**ids).logits, model(**ids).logits)
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(tokenizer)
+
+
+def test_a_model_whose_sizes_are_not_those_of_its_weights_is_refused_with_the_weight(copy):
+    edited(copy / "config.json", vocab_size=400)
+
+    with pytest.raises(ModelError, match=r"wrong shape, the first 'model.embed_tokens.weight'"):
+        opened(copy)

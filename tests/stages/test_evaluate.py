@@ -1,10 +1,12 @@
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_core.artifacts import (
@@ -33,6 +35,7 @@ from qlora_core.modeling.lora import attach_adapter, save_adapter
 from qlora_core.ports import Context
 from qlora_core.sources import find_source
 from qlora_core.stages.evaluate import evaluate_model
+from tests.tiny import bring_own_code
 
 CONFIG = EvaluationConfig(
     scorers=("exact_match", "bleu", "chrf", "rouge_l"), max_new_tokens=6, batch_size=4,
@@ -286,3 +289,15 @@ def test_progress_is_told_up_to_the_end(tmp_path, made):
     assert {stage for stage, *_ in progress.updates} == {"evaluate base"}
     assert [done for _, done, *_ in progress.updates] == [4, 8, 9, 13, 14]
     assert {total for _, _, total, _ in progress.updates} == {14}
+
+
+def test_a_merged_model_that_brings_its_own_trusted_code_is_measured(tmp_path, made, monkeypatch):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    shutil.copytree(made["merged"].path, tmp_path / "mine")
+    bring_own_code(tmp_path / "mine" / "model")
+    mine = made | {"merged": artifact(tmp_path / "mine", MergedModel)}
+
+    report = evaluate(tmp_path / "a", mine, subject="merged").facts
+
+    assert report.metrics == evaluate(tmp_path / "b", made, subject="merged").facts.metrics

@@ -1,8 +1,10 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -22,7 +24,7 @@ from qlora_core.modeling.lora import attach_adapter, save_adapter
 from qlora_core.ports import Context
 from qlora_core.sources import find_source
 from qlora_core.stages.merge import merge_adapter
-from tests.tiny import make_tiny_llama
+from tests.tiny import bring_own_code, make_tiny_llama
 
 
 class Heard:
@@ -228,3 +230,16 @@ def test_progress_runs_from_start_to_end(tmp_path, inputs):
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
     assert shares[0] < 0.1
+
+
+def test_a_model_that_brings_its_own_trusted_code_is_merged(tmp_path, inputs, monkeypatch):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    shutil.copytree(inputs["base"].path, tmp_path / "mine")
+    bring_own_code(tmp_path / "mine" / "model")
+    base = artifact("quantize_base", tmp_path / "mine", base_facts("nf4"))
+    trusting = inputs["model"].model_copy(update={"trust_remote_code": True, "revision": "abc"})
+
+    facts = run(tmp_path, inputs | {"base": base, "model": trusting}, onto="dequantized")
+
+    assert facts.parity == run(tmp_path / "plain", inputs, onto="dequantized").parity

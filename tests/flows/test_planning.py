@@ -1,0 +1,118 @@
+"""What a plan looks like; what is in it is tested in tests/test_plan.py."""
+
+import json
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from transformers import LlamaConfig
+
+from flows.planning import make_plan, show_plan
+from flows.quantities import count, size
+from qlora_core.config import RunConfig
+from qlora_core.errors import ModelError, UserError
+from qlora_core.modeling.memory import shape_of
+from qlora_core.plan import RawSize, plan_run
+from tests.test_plan import CPU, plan, prepared, recipe
+
+
+def shown(made) -> str:
+    console = Console(record=True, width=200)
+    show_plan(console, made)
+    return console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [(0, "0 B"), (999, "999 B"), (351_000, "351 kB"), (5_432_100, "5.43 MB"), (24e9, "24 GB"),
+     (999_700, "1 MB"), (5e15, "5000 TB")],
+)  # fmt: skip
+def test_a_size_has_the_unit_that_fits_it(given, said):
+    assert size(given) == said
+
+
+def test_a_count_has_the_unit_that_fits_it():
+    assert [count(n) for n in (7, 115_264, 134_515_008, 8.03e9)] == [
+        "7",
+        "115 k",
+        "135 M",
+        "8.03 B",
+    ]
+
+
+def test_what_is_not_known_before_the_rows_are_prepared_is_not_claimed():
+    text = shown(plan(raw=RawSize(num_bytes=400_000, num_lines=1000)))
+
+    assert "longest row at most 1024 tokens" in text
+    assert "supervised share known once prepared" in text
+    assert "%" not in text
+    assert "40% supervised), longest row 120 tokens" in shown(plan(data=prepared()))
+
+
+def test_memory_of_a_small_model_is_not_shown_as_zero():
+    small = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4,
+    )  # fmt: skip
+    config = recipe()
+    shape = shape_of(small, config.quantization, config.adapter)
+
+    made = plan_run(config, shape=shape, device=CPU, is_cached=lambda role: False)
+
+    assert "Memory of one worker [MB]" in shown(made)
+    assert "Memory of one worker [GB]" in shown(plan())
+
+
+PAIRS = [{"prompt": f"day {n}", "completion": f"noon {n}"} for n in range(9)]
+
+
+@pytest.fixture
+def planned(tmp_path, tiny_llama):
+    def make(rows=PAIRS, ending="jsonl", model=tiny_llama, **dataset):
+        path = tmp_path / f"rows.{ending}"
+        if ending == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            path.write_text(
+                json.dumps(rows) if ending == "json" else "\n".join(map(json.dumps, rows))
+            )
+        return make_plan(
+            RunConfig.model_validate(
+                {
+                    "name": "r",
+                    "model": {"source": str(model)},
+                    "dataset": {"source": str(path), "max_length": 128} | dataset,
+                    "workspace": {"store": str(tmp_path / "store")},
+                }
+            )
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("ending", ["json", "parquet"])
+def test_lines_of_a_file_that_has_no_row_a_line_are_not_counted(planned, ending):
+    assert planned(ending=ending).training is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"max_length": 257}, "257 is more than the 256 tokens"),
+        ({"columns": {"prompt": "question"}}, "no column 'question'"),
+        ({"rows": [*PAIRS, {"prompt": "day"}]}, "rows.jsonl:10: has no column 'completion'"),
+    ],
+)
+def test_a_plan_finds_what_preparing_would_stumble_over(planned, wrong, said):
+    with pytest.raises(UserError, match=said):
+        planned(**wrong)
+
+
+def test_a_plan_finds_that_the_model_has_no_chat_template(planned, tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+
+    with pytest.raises(ModelError, match="no chat template"):
+        planned(model=tmp_path / "model")
