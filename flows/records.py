@@ -31,7 +31,7 @@ from pydantic import Field, ValidationError
 
 from qlora_core.artifacts import Artifact, F, Frozen
 from qlora_core.config import RunConfig
-from qlora_core.errors import UserError
+from qlora_core.errors import UserError, storage_error
 from qlora_core.fingerprint import fingerprint
 
 SCHEMA = 1
@@ -127,7 +127,11 @@ class OpenRecord:
 
 
 def open_record(store: Path, config: RunConfig, prefect_flow_run_id: str) -> OpenRecord:
-    """Continue the newest unfinished run of this recipe that nobody works at, or begin one."""
+    """Continue the newest unfinished run of this recipe that nobody works at, or begin one.
+
+    Raises:
+        StoreError: ``store`` cannot be written.
+    """
     attempt = Attempt(
         prefect_flow_run_id=prefect_flow_run_id,
         host=platform.node(),
@@ -260,10 +264,13 @@ def _try_lock(folder: Path, attempts: int = 1) -> TextIOWrapper | None:
 
 @contextmanager
 def _locked(runs: Path) -> Iterator[None]:
-    runs.mkdir(parents=True, exist_ok=True)
-    with (runs / ".lock").open("a") as handle:
-        fcntl.flock(handle.fileno(), fcntl.LOCK_EX)
-        yield
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        with (runs / ".lock").open("a") as handle:
+            fcntl.flock(handle.fileno(), fcntl.LOCK_EX)
+            yield
+    except OSError as error:  # what is done under the lock writes here as well
+        raise storage_error(error, error.filename or runs) from error
 
 
 def _now() -> str:

@@ -11,7 +11,7 @@ import pytest
 from flows.records import OpenRecord, bury_interrupted, load_record, open_record, records
 from qlora_core.artifacts import Artifact, RegisteredModel
 from qlora_core.config import RunConfig
-from qlora_core.errors import UserError
+from qlora_core.errors import StoreError, UserError
 
 
 def recipe(name="cron", rank=16):
@@ -158,6 +158,15 @@ def test_a_beginning_that_fits_several_runs_is_refused(tmp_path):
 def test_without_any_run_the_way_to_start_one_is_told(tmp_path):
     with pytest.raises(UserError, match="qlora run FILE"):
         load_record(tmp_path)
+
+
+def test_a_store_that_is_a_file_is_refused_with_its_path(tmp_path):
+    store = tmp_path / "afile"
+    store.touch()
+
+    for use in (bury_interrupted, lambda folder: open_record(folder, recipe(), "1")):
+        with pytest.raises(StoreError, match="cannot write .*afile/runs: a file is in the way"):
+            use(store)
 
 
 def test_a_file_that_is_no_record_is_passed_over(tmp_path):

@@ -17,7 +17,7 @@ import pytest
 
 from flows import local_server, server
 from flows.local_server import ServerKind
-from qlora_core.errors import LaunchError
+from qlora_core.errors import LaunchError, StoreError
 
 HTTP = "import http.server as h, sys; h.HTTPServer(('127.0.0.1', int(sys.argv[1])), h.SimpleHTTPRequestHandler).serve_forever()"  # noqa: E501
 
@@ -82,6 +82,13 @@ def test_a_stopped_server_is_gone_and_stopping_again_says_so(tmp_path):
     assert not answers(running.url)
     assert not local_server.stop("small", tmp_path)
     assert local_server.status(small_server(), tmp_path) is None
+
+
+def test_a_home_that_cannot_be_written_is_refused_with_its_path(tmp_path):
+    (tmp_path / "afile").touch()
+
+    with pytest.raises(StoreError, match="cannot write .*afile/server: a file is in the way"):
+        local_server.secret(tmp_path / "afile" / "server" / "prefect.secret")
 
 
 def test_a_killed_server_is_started_again_on_its_old_port(tmp_path):
