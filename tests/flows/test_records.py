@@ -165,7 +165,7 @@ def test_a_store_that_is_a_file_is_refused_with_its_path(tmp_path):
     store.touch()
 
     for use in (bury_interrupted, lambda folder: open_record(folder, recipe(), "1")):
-        with pytest.raises(StoreError, match="cannot write .*afile/runs: a file is in the way"):
+        with pytest.raises(StoreError, match=r"cannot write .*afile/runs: a file is in the way"):
             use(store)
 
 

@@ -87,7 +87,7 @@ def test_a_stopped_server_is_gone_and_stopping_again_says_so(tmp_path):
 def test_a_home_that_cannot_be_written_is_refused_with_its_path(tmp_path):
     (tmp_path / "afile").touch()
 
-    with pytest.raises(StoreError, match="cannot write .*afile/server: a file is in the way"):
+    with pytest.raises(StoreError, match=r"cannot write .*afile/server: a file is in the way"):
         local_server.secret(tmp_path / "afile" / "server" / "prefect.secret")
 
 
