@@ -31,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_INTERRUPTED = 130  # Typer's exit code for Ctrl-C
 _PIPE_COLUMNS = 120  # Rich takes 80 where there is no terminal, too narrow for a comparison
 
 
@@ -257,9 +258,10 @@ def main() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app(standalone_mode=True)
-    except KeyboardInterrupt:
-        err.print("stopped; the same command goes on from here")
-        sys.exit(130)
+    except SystemExit as leaving:
+        if leaving.code == _INTERRUPTED:
+            err.print("stopped; the same command goes on from here")
+        raise
     except Exception as error:  # whatever it is, a person gets a sentence, not a traceback
         if os.environ.get("QLORAFLOW_DEBUG"):
             err.print_exception()

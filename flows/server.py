@@ -24,6 +24,7 @@ from flows.local_server import LOOPBACK, Running, ServerKind
 from qlora_core.errors import LaunchError
 
 _ASK_TIMEOUT_S = 5.0
+_NO_PROXY = ("NO_PROXY", "no_proxy")  # some clients read the one first, some the other
 _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "VIRTUAL_ENV", "PYTHONPATH")
 
 
@@ -43,9 +44,9 @@ class Connection:
     def environment(self) -> dict[str, str]:
         """Return the variables with which another process reaches the same server."""
         auth = {"PREFECT_API_AUTH_STRING": self.auth} if self.auth else {}
-        unproxied = [name for name in os.environ.get("NO_PROXY", "").split(",") if name]
-        hosts = ",".join([*unproxied, LOOPBACK, "localhost"])
-        return {"PREFECT_API_URL": self.api_url, "NO_PROXY": hosts, **auth}
+        given = ",".join(os.environ.get(name, "") for name in _NO_PROXY).split(",")
+        hosts = ",".join(dict.fromkeys([*filter(None, given), LOOPBACK, "localhost"]))
+        return {"PREFECT_API_URL": self.api_url, **dict.fromkeys(_NO_PROXY, hosts), **auth}
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

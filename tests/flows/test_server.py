@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import multiprocessing
+import os
 import socket
 import stat
 import sys
@@ -201,6 +202,21 @@ def test_an_address_in_the_environment_that_does_not_answer_is_told(tmp_path, mo
 
     with pytest.raises(LaunchError, match=r"PREFECT_API_URL=http://127\.0\.0\.1:9/api"):
         server.ensure_server(tmp_path)
+
+
+def test_a_proxy_is_passed_by_whichever_variable_names_its_exceptions(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "here.example")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    connection = server.Connection("http://127.0.0.1:4200/api")
+
+    with connection.in_use():
+        passed_by = [urllib.request.proxy_bypass(h) for h in ("127.0.0.1:4200", "here.example")]
+        both = os.environ["NO_PROXY"], os.environ["no_proxy"]
+
+    assert all(passed_by)
+    assert both[0] == both[1]
+    assert (os.environ.get("NO_PROXY"), os.environ["no_proxy"]) == (None, "here.example")
 
 
 def status_of(url, auth=None):
