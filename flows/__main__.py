@@ -154,7 +154,13 @@ def ui(
 
 @app.command()
 def chat(
-    run: Run = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN]",
+            help="A run's id or how it begins; none: the newest with a model to talk to.",
+        ),
+    ] = None,
     subject: Annotated[
         Literal["merged", "tuned", "base"] | None,
         typer.Option(help="Which model; none: merged if there is one, else tuned."),
@@ -172,10 +178,10 @@ def chat(
     store: Annotated[Path | None, typer.Option(help="Folder of the store.")] = None,
 ) -> None:
     """Talk to the model that a run made."""
-    from flows.chat import open_conversation
+    from flows.chat import can_talk, open_conversation
     from flows.records import load_record
 
-    record = load_record(store or _home(), run)
+    record = load_record(store or _home(), run, lambda found: can_talk(found, subject))
     conversation = open_conversation(record, subject, max_new_tokens, lambda x: err.print(x))
     if message is not None:
         _say(conversation, message, temperature)

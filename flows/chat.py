@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Subject = Literal["merged", "tuned", "base"]
+_NEEDS: dict[Subject, set[str]] = {
+    "merged": {"merged"},
+    "tuned": {"base", "adapter"},
+    "base": {"base"},
+}
+"""The artefacts that a model is loaded from, by role."""
 
 
 class Conversation:
@@ -83,6 +89,13 @@ class Conversation:
             raise failures[0]
 
 
+def can_talk(record: RunRecord, subject: Subject | None) -> bool:
+    """Say whether a run has made what is to be talked to; none: merged or tuned."""
+    there = {role for role, ref in record.artifacts.items() if ref.path.is_dir()}
+    chosen: tuple[Subject, ...] = (subject,) if subject else ("merged", "tuned")
+    return any(_NEEDS[one] <= there for one in chosen)
+
+
 def open_conversation(
     record: RunRecord, subject: Subject | None, max_new_tokens: int, say: Callable[[str], None]
 ) -> Conversation:
@@ -95,7 +108,7 @@ def open_conversation(
 
     from qlora_core.modeling.loading import load_saved_tokenizer
 
-    chosen = subject or ("merged" if "merged" in record.artifacts else "tuned")
+    chosen: Subject = subject or ("merged" if can_talk(record, "merged") else "tuned")
     say(f"loading the {chosen} model of {record.run_id}")
     transformers_logging.set_verbosity_error()
     model, folder = _load(record, chosen)

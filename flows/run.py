@@ -30,8 +30,9 @@ def run_and_report(config: RunConfig, console: Console) -> RunRecord:
     show_record(console, record)
     if result.tracking_note:
         console.print(f"[yellow]{escape(result.tracking_note)}[/]")
-    server = server_status(places.home())
-    console.print(addresses(store, record, server.ui_url if server else None))
+    home = places.home()
+    server = server_status(home)
+    console.print(addresses(store, home, record, server.ui_url if server else None))
     return record
 
 

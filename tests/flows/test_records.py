@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.chat import can_talk
 from flows.records import OpenRecord, bury_interrupted, load_record, open_record, records
 from qlora_core.artifacts import Artifact, RegisteredModel
 from qlora_core.config import RunConfig
@@ -153,6 +154,30 @@ def test_a_beginning_that_fits_several_runs_is_refused(tmp_path):
 
     with pytest.raises(UserError, match="2 runs begin with 'alpha'"):
         load_record(tmp_path, "alpha")
+
+
+def test_a_beginning_that_fits_very_many_runs_names_the_newest_and_counts_the_others(tmp_path):
+    for number in range(10):
+        open_record(tmp_path, recipe(f"alpha-{number}"), "1").close("completed")
+
+    with pytest.raises(UserError, match="10 runs begin") as caught:
+        load_record(tmp_path, "alpha")
+
+    assert "alpha-9" in caught.value.fix
+    assert "2 more (qlora show --all)" in caught.value.fix
+
+
+def test_without_a_name_the_newest_run_that_has_a_model_to_talk_to_is_taken(tmp_path):
+    tuned = open_record(tmp_path, recipe("tuned"), "1")
+    for role in ("base", "adapter"):
+        tuned.add(role, registered(tmp_path), cached=False)
+    tuned.close("completed")
+    open_record(tmp_path, recipe("failed"), "2").close("failed", "no rows")
+
+    assert load_record(tmp_path).run_id.startswith("failed")
+    assert load_record(tmp_path, None, lambda r: can_talk(r, None)).run_id.startswith("tuned")
+    with pytest.raises(UserError, match="none of the 2 runs"):
+        load_record(tmp_path, None, lambda r: can_talk(r, "merged"))
 
 
 def test_without_any_run_the_way_to_start_one_is_told(tmp_path):
