@@ -131,6 +131,9 @@ def show(
 @app.command()
 def ui(
     stop: Annotated[bool, typer.Option("--stop", help="End both servers instead.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --stop: even under a run, which then fails.")
+    ] = False,
     store: Annotated[Path | None, typer.Option(help="Folder of the store.")] = None,
 ) -> None:
     """Start the Prefect and MLflow UIs on this machine's stores, and say where they are."""
@@ -139,9 +142,9 @@ def ui(
 
     home = _home()
     if stop:
-        stops = {"Prefect": stop_server, "MLflow": stop_mlflow_ui}
-        ended = [name for name, end in stops.items() if end(home)]
-        out.print(f"ended: {', '.join(ended) or 'nothing was running'}")
+        ended = {"Prefect": stop_server(home, force=force), "MLflow": stop_mlflow_ui(home)}
+        names = ", ".join(name for name, was_running in ended.items() if was_running)
+        out.print(f"ended: {names or 'nothing was running'}")
         return
     prefect = ensure_server(home)
     mlflow = ensure_mlflow_ui(home, default_tracking_uri(store or home))
@@ -191,7 +194,7 @@ def chat(
         if text == "/new" or not keep:
             conversation.forget()
         if text != "/new":
-            _say(conversation, text, temperature)
+            _try_to_say(conversation, text, temperature)
 
 
 @app.command()
@@ -321,6 +324,15 @@ def _say(conversation: "Conversation", text: str, temperature: float) -> None:
     for piece in conversation.answer(text, temperature):
         print(piece, end="", flush=True)  # noqa: T201  # token by token
     print()  # noqa: T201
+
+
+def _try_to_say(conversation: "Conversation", text: str, temperature: float) -> None:
+    from qlora_core.errors import UserError
+
+    try:
+        _say(conversation, text, temperature)
+    except UserError as error:  # too long, say: the next message may be shorter
+        _explain(error)
 
 
 def _tell(what: str, why: str, fix: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from flows import local_server, server
 from flows.local_server import ServerKind
-from qlora_core.errors import LaunchError, StoreError
+from qlora_core.errors import LaunchError, StoreError, UserError
 
 HTTP = "import http.server as h, sys; h.HTTPServer(('127.0.0.1', int(sys.argv[1])), h.SimpleHTTPRequestHandler).serve_forever()"  # noqa: E501
 
@@ -83,6 +83,30 @@ def test_a_stopped_server_is_gone_and_stopping_again_says_so(tmp_path):
     assert not answers(running.url)
     assert not local_server.stop("small", tmp_path)
     assert local_server.status(small_server(), tmp_path) is None
+
+
+def test_the_server_is_not_ended_under_a_run_unless_forced(tmp_path):
+    kind = dataclasses.replace(small_server(), name="prefect")
+    running = local_server.ensure(kind, tmp_path / "server")
+
+    with server.server_kept(tmp_path):
+        with pytest.raises(UserError, match="a run is going on"):
+            server.stop_server(tmp_path)
+        assert answers(running.url)
+        assert server.stop_server(tmp_path, force=True)
+
+
+def test_the_server_is_ended_once_no_run_goes_on_any_more(tmp_path):
+    local_server.ensure(dataclasses.replace(small_server(), name="prefect"), tmp_path / "server")
+    with server.server_kept(tmp_path):
+        pass
+
+    assert server.stop_server(tmp_path)
+
+
+def test_a_run_on_somebody_elses_server_leaves_no_trace_of_its_own(tmp_path):
+    with server.server_kept(tmp_path / "home"):
+        assert not (tmp_path / "home").exists()
 
 
 def test_a_home_that_cannot_be_written_is_refused_with_its_path(tmp_path):
