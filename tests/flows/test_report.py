@@ -2,13 +2,18 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from flows.records import Attempt, RunRecord
+from flows import run
+from flows.records import Attempt, RunRecord, open_record
 from flows.report import addresses, runs_table, show_record
-from qlora_core.config import RunConfig
+from flows.result import RunResult
+from qlora_core.artifacts import Artifact, EvalReport, Metric
+from qlora_core.config import RunConfig, WorkspaceConfig
+from qlora_core.errors import LaunchError
 
 
 @pytest.fixture
@@ -60,3 +65,36 @@ def test_when_a_run_began_is_told_by_the_clock_on_the_wall(record, in_tokyo):
         console.print(runs_table([record]))
 
     assert capture.get().count("2026-06-02 07:30:00") == 2
+
+
+def test_a_run_that_fails_after_it_was_measured_still_shows_what_was_measured(
+    tmp_path, record, monkeypatch
+):
+    def fails_at_the_end(config: RunConfig, _: object) -> RunResult:
+        opened = open_record(tmp_path, config, "flow-1")
+        opened.add("tuned_report", report_of(tmp_path), cached=False)
+        opened.close("failed", "MLflow is away")
+        raise LaunchError("MLflow is away")
+
+    monkeypatch.setattr(run, "run_recipe", fails_at_the_end)
+    config = record.config.model_copy(update={"workspace": WorkspaceConfig(store=str(tmp_path))})
+    console = Console(width=200)
+
+    with console.capture() as capture, pytest.raises(LaunchError):
+        run.run_and_report(config, console)
+
+    assert "exact_match" in capture.get()
+    assert "0.750" in capture.get()
+    assert "MLflow is away" not in capture.get()  # the command says it, below
+
+
+def report_of(folder: Path) -> Artifact[EvalReport]:
+    facts = EvalReport(
+        subject="tuned",
+        dataset_digest="a" * 64,
+        metrics={"exact_match": Metric(value=0.75, num_rows=4)},
+        num_truncated=0,
+        samples=(),
+        seconds=1.0,
+    )
+    return Artifact(stage="evaluate", key="k", digest="d", path=folder, facts=facts)
