@@ -31,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_INTERRUPTED = 130  # Typer's exit code for Ctrl-C
 _PIPE_COLUMNS = 120  # Rich takes 80 where there is no terminal, too narrow for a comparison
 
 
@@ -130,6 +131,9 @@ def show(
 @app.command()
 def ui(
     stop: Annotated[bool, typer.Option("--stop", help="End both servers instead.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --stop: even under a run, which then fails.")
+    ] = False,
     store: Annotated[Path | None, typer.Option(help="Folder of the store.")] = None,
 ) -> None:
     """Start the Prefect and MLflow UIs on this machine's stores, and say where they are."""
@@ -138,9 +142,9 @@ def ui(
 
     home = _home()
     if stop:
-        stops = {"Prefect": stop_server, "MLflow": stop_mlflow_ui}
-        ended = [name for name, end in stops.items() if end(home)]
-        out.print(f"ended: {', '.join(ended) or 'nothing was running'}")
+        ended = {"Prefect": stop_server(home, force=force), "MLflow": stop_mlflow_ui(home)}
+        names = ", ".join(name for name, was_running in ended.items() if was_running)
+        out.print(f"ended: {names or 'nothing was running'}")
         return
     prefect = ensure_server(home)
     mlflow = ensure_mlflow_ui(home, default_tracking_uri(store or home))
@@ -153,7 +157,13 @@ def ui(
 
 @app.command()
 def chat(
-    run: Run = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN]",
+            help="A run's id or how it begins; none: the newest with a model to talk to.",
+        ),
+    ] = None,
     subject: Annotated[
         Literal["merged", "tuned", "base"] | None,
         typer.Option(help="Which model; none: merged if there is one, else tuned."),
@@ -171,10 +181,10 @@ def chat(
     store: Annotated[Path | None, typer.Option(help="Folder of the store.")] = None,
 ) -> None:
     """Talk to the model that a run made."""
-    from flows.chat import open_conversation
+    from flows.chat import can_talk, open_conversation
     from flows.records import load_record
 
-    record = load_record(store or _home(), run)
+    record = load_record(store or _home(), run, lambda found: can_talk(found, subject))
     conversation = open_conversation(record, subject, max_new_tokens, lambda x: err.print(x))
     if message is not None:
         _say(conversation, message, temperature)
@@ -184,7 +194,7 @@ def chat(
         if text == "/new" or not keep:
             conversation.forget()
         if text != "/new":
-            _say(conversation, text, temperature)
+            _try_to_say(conversation, text, temperature)
 
 
 @app.command()
@@ -257,9 +267,10 @@ def main() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app(standalone_mode=True)
-    except KeyboardInterrupt:
-        err.print("stopped; the same command goes on from here")
-        sys.exit(130)
+    except SystemExit as leaving:
+        if leaving.code == _INTERRUPTED:
+            err.print("stopped; the same command goes on from here")
+        raise
     except Exception as error:  # whatever it is, a person gets a sentence, not a traceback
         if os.environ.get("QLORAFLOW_DEBUG"):
             err.print_exception()
@@ -313,6 +324,15 @@ def _say(conversation: "Conversation", text: str, temperature: float) -> None:
     for piece in conversation.answer(text, temperature):
         print(piece, end="", flush=True)  # noqa: T201  # token by token
     print()  # noqa: T201
+
+
+def _try_to_say(conversation: "Conversation", text: str, temperature: float) -> None:
+    from qlora_core.errors import UserError
+
+    try:
+        _say(conversation, text, temperature)
+    except UserError as error:  # too long, say: the next message may be shorter
+        _explain(error)
 
 
 def _tell(what: str, why: str, fix: str) -> None:

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Subject = Literal["merged", "tuned", "base"]
+_NEEDS: dict[Subject, set[str]] = {
+    "merged": {"merged"},
+    "tuned": {"base", "adapter"},
+    "base": {"base"},
+}
+"""The artefacts that a model is loaded from, by role."""
 
 
 class Conversation:
@@ -38,23 +44,41 @@ class Conversation:
         self._turns = list(self._start)
 
     def answer(self, text: str, temperature: float = 0.0) -> Iterator[str]:
-        """Yield the answer piece by piece; temperature 0 always takes the likeliest token."""
-        self._turns.append({"role": "user", "content": text})
+        """Yield the answer piece by piece; temperature 0 always takes the likeliest token.
+
+        Raises:
+            UserError: The conversation leaves no room for an answer; ``text`` is not part of it.
+        """
+        turns = [*self._turns, {"role": "user", "content": text}]
+        inputs = self._tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(self._model.device)
+        room = self._room(inputs["input_ids"].shape[1])
         said = ""
-        for piece in self._stream(temperature):
+        for piece in self._stream(inputs, min(room, self._max_new_tokens), temperature):
             said += piece
             yield piece
-        self._turns.append({"role": "assistant", "content": said})
+        self._turns = [*turns, {"role": "assistant", "content": said}]
 
-    def _stream(self, temperature: float) -> Iterator[str]:
+    def _room(self, num_tokens: int) -> int:
+        """Return how many tokens the model can read beyond these."""
+        most = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if most is None:
+            return self._max_new_tokens  # it has no positions to run out of
+        if num_tokens >= most:
+            raise UserError(
+                f"the conversation has {num_tokens} tokens, but this model reads at most {most}.",
+                why="There is no room for an answer.",
+                fix="Say it in fewer words, or forget what was said before with /new.",
+            )
+        return int(most) - num_tokens
+
+    def _stream(self, inputs: Any, max_new_tokens: int, temperature: float) -> Iterator[str]:
         from transformers import TextIteratorStreamer
 
         streamer = TextIteratorStreamer(
             self._tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=None
         )
-        inputs = self._tokenizer.apply_chat_template(
-            self._turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self._model.device)
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature}
             if temperature > 0
@@ -68,7 +92,7 @@ class Conversation:
                     **inputs,
                     **sampling,
                     streamer=streamer,
-                    max_new_tokens=self._max_new_tokens,
+                    max_new_tokens=max_new_tokens,
                     pad_token_id=self._tokenizer.pad_token_id,
                 )
             except BaseException as error:
@@ -83,6 +107,13 @@ class Conversation:
             raise failures[0]
 
 
+def can_talk(record: RunRecord, subject: Subject | None) -> bool:
+    """Say whether a run has made what is to be talked to; none: merged or tuned."""
+    there = {role for role, ref in record.artifacts.items() if ref.path.is_dir()}
+    chosen: tuple[Subject, ...] = (subject,) if subject else ("merged", "tuned")
+    return any(_NEEDS[one] <= there for one in chosen)
+
+
 def open_conversation(
     record: RunRecord, subject: Subject | None, max_new_tokens: int, say: Callable[[str], None]
 ) -> Conversation:
@@ -95,7 +126,7 @@ def open_conversation(
 
     from qlora_core.modeling.loading import load_saved_tokenizer
 
-    chosen = subject or ("merged" if "merged" in record.artifacts else "tuned")
+    chosen: Subject = subject or ("merged" if can_talk(record, "merged") else "tuned")
     say(f"loading the {chosen} model of {record.run_id}")
     transformers_logging.set_verbosity_error()
     model, folder = _load(record, chosen)

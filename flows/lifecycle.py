@@ -29,6 +29,7 @@ from prefect.states import Crashed
 
 from flows import records, tracking
 from flows.records import OpenRecord
+from flows.server import server_kept
 from qlora_core.artifacts import Artifact
 from qlora_core.backends.journal import RunStatus
 from qlora_core.backends.mlflow_tracking import MlflowTracker, TrackingReport, flatten
@@ -71,6 +72,12 @@ class ActiveRun:
 @contextmanager
 def running(config: RunConfig) -> Iterator[ActiveRun]:
     """Open the run of ``config`` inside a flow, and end it in order however the block ends."""
+    with server_kept(places.home()), _running(config) as run:
+        yield run
+
+
+@contextmanager
+def _running(config: RunConfig) -> Iterator[ActiveRun]:
     root = places.store_root(config)
     for flow_run_id in records.bury_interrupted(root):
         set_state(flow_run_id, Crashed(message="Its process was killed."))

@@ -103,12 +103,19 @@ def stop(name: str, folder: Path) -> bool:
 
 
 def secret(path: Path) -> str:
-    """Return the secret kept in ``path``, made on the first call; only its owner can read it."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _locked(path.with_suffix(".lock")):
-        if not path.exists():
-            _write_private(path, secrets.token_urlsafe(24))
-        return path.read_text(encoding="utf-8")
+    """Return the secret kept in ``path``, made on the first call; only its owner can read it.
+
+    Raises:
+        StoreError: Its folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _locked(path.with_suffix(".lock")):
+            if not path.exists():
+                _write_private(path, secrets.token_urlsafe(24))
+            return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise storage_error(error, path.parent) from error
 
 
 def _start(kind: ServerKind, folder: Path, port: int) -> Running:

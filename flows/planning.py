@@ -25,7 +25,7 @@ from qlora_core.plan import Device, Plan, RawSize, Role, plan_run
 from qlora_core.ports import Stage
 from qlora_core.store import Store
 from tasks import places, stages
-from tasks.wiring import Workspace, find_sources, resolved_quantization
+from tasks.wiring import Workspace, find_sources, require_workers, resolved_quantization
 
 P = ParamSpec("P")
 F = TypeVar("F", bound=Facts)
@@ -64,7 +64,9 @@ def make_plan(config: RunConfig) -> Plan:
     Raises:
         UserError: The recipe points at something that is not there, or not a causal model; or its
             first rows and the model's tokenizer do not go together.
+        ResourceError: It asks for more workers than this machine holds.
     """
+    require_workers(config)
     lookup = _Lookup(config)
     stages.check_first_rows(lookup)
     known = _look_up(lookup)

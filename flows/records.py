@@ -20,7 +20,7 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from io import TextIOWrapper
@@ -31,7 +31,7 @@ from pydantic import Field, ValidationError
 
 from qlora_core.artifacts import Artifact, F, Frozen
 from qlora_core.config import RunConfig
-from qlora_core.errors import UserError
+from qlora_core.errors import UserError, storage_error
 from qlora_core.fingerprint import fingerprint
 
 SCHEMA = 1
@@ -127,7 +127,11 @@ class OpenRecord:
 
 
 def open_record(store: Path, config: RunConfig, prefect_flow_run_id: str) -> OpenRecord:
-    """Continue the newest unfinished run of this recipe that nobody works at, or begin one."""
+    """Continue the newest unfinished run of this recipe that nobody works at, or begin one.
+
+    Raises:
+        StoreError: ``store`` cannot be written.
+    """
     attempt = Attempt(
         prefect_flow_run_id=prefect_flow_run_id,
         host=platform.node(),
@@ -146,25 +150,54 @@ def records(store: Path) -> list[RunRecord]:
     return sorted(found, key=lambda record: (record.attempts[-1].started, record.run_id))[::-1]
 
 
-def load_record(store: Path, run: str | None = None) -> RunRecord:
-    """Return the record of ``run`` (its id or how it begins), or the newest one.
+def load_record(
+    store: Path, run: str | None = None, is_wanted: Callable[[RunRecord], bool] = lambda _: True
+) -> RunRecord:
+    """Return the record of ``run`` (its id or how it begins), or the newest that is wanted.
 
     Raises:
         UserError: There is no such run, or several begin like this.
     """
     known = records(store)
-    matching = [r for r in known if run is None or r.run_id.startswith(run)]
+    if not known:
+        raise UserError(
+            f"no run is known in {store}.",
+            fix="Start one: qlora run FILE. One that is kept elsewhere: --store FOLDER",
+        )
+    return _named(store, known, run) if run else _newest(store, known, is_wanted)
+
+
+def _newest(
+    store: Path, known: list[RunRecord], is_wanted: Callable[[RunRecord], bool]
+) -> RunRecord:
+    if found := next(filter(is_wanted, known), None):
+        return found
+    raise UserError(
+        f"none of the {len(known)} runs in {store} has got that far.",
+        why=f"The newest, {known[0].run_id}, is {known[0].state}.",
+        fix="Finish one with `qlora run FILE`; `qlora show --all` lists them.",
+    )
+
+
+def _named(store: Path, known: list[RunRecord], run: str) -> RunRecord:
+    matching = [r for r in known if r.run_id.startswith(run)]
     exact = [r for r in matching if r.run_id == run]
-    if run is None and known:
-        return known[0]
     if len(exact or matching) == 1:
         return (exact or matching)[0]
-    listed = ", ".join(r.run_id for r in (matching or known)[:_SHOWN])
-    if not known:
-        raise UserError(f"no run is known in {store}.", fix="Start one: qlora run FILE")
     if matching:
-        raise UserError(f"{len(matching)} runs begin with {run!r}.", fix=f"Say which: {listed}.")
-    raise UserError(f"no run {run!r} is known in {store}.", fix=f"The newest are: {listed}.")
+        raise UserError(
+            f"{len(matching)} runs begin with {run!r}.",
+            fix=f"Say which; the newest first: {_listed(matching)}.",
+        )
+    raise UserError(
+        f"no run {run!r} is known in {store}.",
+        fix=f"The newest are: {_listed(known)}. One that is kept elsewhere: --store FOLDER",
+    )
+
+
+def _listed(found: list[RunRecord]) -> str:
+    more = f" and {len(found) - _SHOWN} more (qlora show --all)" if len(found) > _SHOWN else ""
+    return ", ".join(record.run_id for record in found[:_SHOWN]) + more
 
 
 def bury_interrupted(store: Path) -> list[str]:
@@ -260,10 +293,13 @@ def _try_lock(folder: Path, attempts: int = 1) -> TextIOWrapper | None:
 
 @contextmanager
 def _locked(runs: Path) -> Iterator[None]:
-    runs.mkdir(parents=True, exist_ok=True)
-    with (runs / ".lock").open("a") as handle:
-        fcntl.flock(handle.fileno(), fcntl.LOCK_EX)
-        yield
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        with (runs / ".lock").open("a") as handle:
+            fcntl.flock(handle.fileno(), fcntl.LOCK_EX)
+            yield
+    except OSError as error:  # what is done under the lock writes here as well
+        raise storage_error(error, error.filename or runs) from error
 
 
 def _now() -> str:

@@ -4,6 +4,8 @@ A report is made from a record alone: facts and paths. So `qlora run` ends in it
 prints the same weeks later, without a model, a server or a GPU.
 """
 
+import shlex
+from datetime import datetime
 from pathlib import Path
 
 from rich import box
@@ -54,7 +56,7 @@ def runs_table(found: list[RunRecord]) -> Table:
         table.add_column(name)
     for record in found:
         state = f"[{_STATES.get(record.state, 'yellow')}]{record.state}[/]"
-        table.add_row(record.run_id, state, record.started, record.recipe[:12])
+        table.add_row(record.run_id, state, _local(record.started), record.recipe[:12])
     return table
 
 
@@ -86,15 +88,16 @@ def comparison_table(record: RunRecord) -> Table | None:
     return table
 
 
-def addresses(store: Path, record: RunRecord, prefect_url: str | None) -> Table:
-    """Return where to look on."""
+def addresses(store: Path, home: Path, record: RunRecord, prefect_url: str | None) -> Table:
+    """Return where to look on; commands look in ``home`` unless they are told the store."""
+    elsewhere = "" if store == home else f" --store {shlex.quote(str(store))}"
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     if prefect_url and record.attempts:
         run = record.attempts[-1].prefect_flow_run_id
         table.add_row("flow run", f"{prefect_url}/runs/flow-run/{run}  (password: qlora ui)")
-    table.add_row("compare runs", "qlora ui")
-    table.add_row("read it again", f"qlora show {record.run_id}")
-    table.add_row("talk to it", f"qlora chat {record.run_id}")
+    table.add_row("compare runs", f"qlora ui{elsewhere}")
+    table.add_row("read it again", f"qlora show {record.run_id}{elsewhere}")
+    table.add_row("talk to it", f"qlora chat {record.run_id}{elsewhere}")
     best = record.artifacts.get("merged") or record.artifacts.get("adapter")
     if best:
         table.add_row("files", str(best.path))
@@ -106,8 +109,16 @@ def _heading(record: RunRecord) -> Text:
     color = _STATES.get(record.state, "yellow")
     attempts = f", {len(record.attempts)} attempts" if len(record.attempts) > 1 else ""
     return Text.assemble(
-        (record.run_id, "bold"), "  ", (record.state, color), f"  since {record.started}{attempts}"
+        (record.run_id, "bold"),
+        "  ",
+        (record.state, color),
+        f"  since {_local(record.started)}{attempts}",
     )
+
+
+def _local(moment: str) -> str:
+    """Return a moment [UTC, ISO 8601] as the clock on this machine's wall showed it."""
+    return f"{datetime.fromisoformat(moment).astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 def _report(record: RunRecord, role: str) -> Artifact[EvalReport] | None:

@@ -1,5 +1,7 @@
 """``qlora run`` and ``qlora sync``: a run with somebody watching it."""
 
+import os
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -7,11 +9,12 @@ from rich.markup import escape
 
 from flows.console import progress_on
 from flows.finetune import run_recipe
-from flows.records import RunRecord, load_record
+from flows.records import RunRecord, load_record, records
 from flows.report import addresses, show_record
 from flows.server import server_status
 from qlora_core.backends.mlflow_tracking import replay, waiting
 from qlora_core.config import RunConfig
+from qlora_core.errors import QLoraError
 from tasks import places
 from tasks.wiring import Surroundings
 
@@ -23,16 +26,36 @@ def run_and_report(config: RunConfig, console: Console) -> RunRecord:
         QLoraError: What went wrong; the same command continues from there.
     """
     store = places.store_root(config)
-    with progress_on(console) as progress:
-        result = run_recipe(config, Surroundings(progress))
+    begun = datetime.now(UTC).isoformat(timespec="milliseconds")
+    try:
+        with progress_on(console) as progress:
+            result = run_recipe(config, Surroundings(progress))
+    except QLoraError:
+        _show_measured(store, begun, console)
+        raise
     record = load_record(store, result.run_id)
     console.print()
     show_record(console, record)
     if result.tracking_note:
         console.print(f"[yellow]{escape(result.tracking_note)}[/]")
-    server = server_status(places.home())
-    console.print(addresses(store, record, server.ui_url if server else None))
+    home = places.home()
+    server = server_status(home)
+    console.print(addresses(store, home, record, server.ui_url if server else None))
     return record
+
+
+def _show_measured(store: Path, begun: str, console: Console) -> None:
+    """Print the report of this process's run, if it failed after there were numbers to report."""
+    for record in records(store):
+        attempt = record.attempts[-1]
+        if (
+            attempt.pid == os.getpid()
+            and attempt.started >= begun
+            and "tuned_report" in record.artifacts
+        ):
+            console.print()
+            show_record(console, record.model_copy(update={"error": None}))  # it is told last
+            return
 
 
 def sync_runs(store: Path, console: Console) -> None:

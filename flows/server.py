@@ -10,6 +10,7 @@ password: it listens on loopback, serves no uploads, and runs no jobs.
 """
 
 import base64
+import fcntl
 import os
 import sys
 import urllib.error
@@ -21,9 +22,11 @@ from pathlib import Path
 
 from flows import local_server
 from flows.local_server import LOOPBACK, Running, ServerKind
-from qlora_core.errors import LaunchError
+from qlora_core.errors import LaunchError, UserError
 
 _ASK_TIMEOUT_S = 5.0
+_NO_PROXY = ("NO_PROXY", "no_proxy")  # some clients read the one first, some the other
+_USERS = "users.lock"  # shared by the runs that go on
 _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "VIRTUAL_ENV", "PYTHONPATH")
 
 
@@ -43,9 +46,9 @@ class Connection:
     def environment(self) -> dict[str, str]:
         """Return the variables with which another process reaches the same server."""
         auth = {"PREFECT_API_AUTH_STRING": self.auth} if self.auth else {}
-        unproxied = [name for name in os.environ.get("NO_PROXY", "").split(",") if name]
-        hosts = ",".join([*unproxied, LOOPBACK, "localhost"])
-        return {"PREFECT_API_URL": self.api_url, "NO_PROXY": hosts, **auth}
+        given = ",".join(os.environ.get(name, "") for name in _NO_PROXY).split(",")
+        hosts = ",".join(dict.fromkeys([*filter(None, given), LOOPBACK, "localhost"]))
+        return {"PREFECT_API_URL": self.api_url, **dict.fromkeys(_NO_PROXY, hosts), **auth}
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -102,9 +105,46 @@ def server_status(home: Path) -> Connection | None:
     return Connection(f"{running.url}/api", auth) if running else None
 
 
-def stop_server(home: Path) -> bool:
-    """End this home's own Prefect server; say whether there was one."""
+@contextmanager
+def server_kept(home: Path) -> Iterator[None]:
+    """Keep `stop_server` from ending this home's own server until the block, or the process, ends.
+
+    The kernel remembers who is inside, so a killed process is not.
+    """
+    if not (home / "server" / "prefect.json").exists():
+        yield  # it is somebody else's server
+        return
+    with (home / "server" / _USERS).open("a") as handle:
+        fcntl.flock(handle.fileno(), fcntl.LOCK_SH)
+        yield
+
+
+def stop_server(home: Path, *, force: bool = False) -> bool:
+    """End this home's own Prefect server; say whether there was one.
+
+    Raises:
+        UserError: A run goes on, and is not to be broken by ``force``.
+    """
+    if not force and _is_kept(home):
+        raise UserError(
+            "a run is going on, on this Prefect server.",
+            why="Without its server it would fail.",
+            fix="Wait for it, or end it with Ctrl-C. To end the server all the same: "
+            "qlora ui --stop --force",
+        )
     return local_server.stop("prefect", home / "server")
+
+
+def _is_kept(home: Path) -> bool:
+    path = home / "server" / _USERS
+    if not path.exists():
+        return False
+    with path.open("a") as handle:
+        try:
+            fcntl.flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def ensure_mlflow_ui(home: Path, tracking_uri: str) -> str:

@@ -113,6 +113,9 @@ def storage_error(error: OSError, path: object) -> StoreError:
         errno.EROFS: ("the file system is read-only", "Name a store that can be written"),
         errno.EACCES: ("permission denied", "Name a store that you may write"),
         errno.EPERM: ("permission denied", "Name a store that you may write"),
+        errno.ENOTDIR: ("a file is in the way", "Name a folder, not a file"),
+        errno.EEXIST: ("a file is in the way", "Name a folder, not a file"),
+        errno.ENOENT: ("such a folder cannot be made", "Name one that can, as /data/qloraflow"),
     }
     why, fix = reasons.get(error.errno or 0, (str(error), "Check the path"))
     return StoreError(

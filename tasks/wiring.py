@@ -19,6 +19,7 @@ from qlora_core.artifacts import Artifact, Facts, RegisteredModel
 from qlora_core.backends.memory import SilentProgress
 from qlora_core.backends.mlflow_registry import MlflowRegistry
 from qlora_core.backends.mlflow_tracking import MlflowTracker
+from qlora_core.backends.ray_resources import require_local_room
 from qlora_core.backends.ray_train import RayTrainLauncher
 from qlora_core.config import CustomScorer, QuantizationConfig, RunConfig
 from qlora_core.errors import LaunchError, QLoraError
@@ -157,7 +158,8 @@ def open_workspace(
         keep: Told of every artefact.
 
     Raises:
-        UserError: Something the recipe points at is not there, or the store cannot be written.
+        UserError: Something the recipe points at is not there, the store cannot be written, or
+            this machine is too small for the workers.
     """
     around = surroundings()
     progress = RunProgress(around.progress)
@@ -187,6 +189,17 @@ def find_sources(config: RunConfig) -> Sources:
     )
 
 
+def require_workers(config: RunConfig) -> None:
+    """Find before any work that this machine cannot hold the recipe's workers.
+
+    Raises:
+        ResourceError: It cannot, and no other cluster is named.
+    """
+    cluster = places.cluster(config)
+    if cluster.address is None:
+        require_local_room(cluster)
+
+
 def resolved_quantization(config: RunConfig) -> QuantizationConfig:
     """Return the quantisation with `auto` replaced, so that keys say what was really done."""
     from qlora_core.modeling import dtypes
@@ -211,6 +224,7 @@ def _ray(config: RunConfig, progress: RunProgress) -> RayTrainLauncher:
     def check() -> None:
         progress.check("train_adapter")
 
+    require_workers(config)
     return RayTrainLauncher(places.cluster(config), config.snapshots, say, check)
 
 

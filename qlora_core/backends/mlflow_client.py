@@ -28,6 +28,7 @@ PATIENCE = {
 }
 MASK = "***"
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s]+(?=@)")
+_REASON = re.compile(r"(?<=\d\] )[\w ]+|timed out|too many \d+ error responses")  # [Errno 111] ...
 _QUIET = ("mlflow.store.db.utils", "alembic", "urllib3.connectionpool")
 
 
@@ -108,10 +109,17 @@ def is_refused(error: Exception) -> bool:
 
 def unreachable(tracking_uri: str, error: Exception) -> LaunchError:
     """Say in our words that MLflow did not do what was asked."""
+    said = mask_credentials(str(error))
+    reason = _REASON.search(said)
+    if "failed with exception" in said and reason:  # of urllib3's page of text, what happened
+        how = f"does not answer: {reason[0]}."
+    else:
+        how = f"did not answer as it should: {said.splitlines()[0][:300]}"
     return LaunchError(
-        f"MLflow at {mask_credentials(tracking_uri)} did not answer as it should: "
-        f"{mask_credentials(str(error)).splitlines()[0][:300]}",
-        fix="Check workspace.tracking_uri and that the server runs; then call the command again.",
+        f"MLflow at {mask_credentials(tracking_uri)} {how}",
+        why="What was built until then is kept.",
+        fix="Start that server, or correct workspace.tracking_uri (or MLFLOW_TRACKING_URI); the "
+        "same command then goes on from here.",
     )
 
 

@@ -31,9 +31,22 @@ def own_cores() -> int:
 
 
 def local_cpus(cluster: ClusterConfig) -> int:
-    """Return the CPUs a Ray of our own counts: more workers than cores share them, unless told."""
+    """Return the CPUs a Ray of our own counts: two workers may share one core, unless told.
+
+    So everything can be tried out anywhere; more workers than cores would only fill the memory.
+    """
     is_told = cluster.cpus_per_worker is not None
-    return own_cores() if is_told else max(own_cores(), cluster.workers)
+    return own_cores() if is_told else max(own_cores(), min(cluster.workers, 2))
+
+
+def require_local_room(cluster: ClusterConfig) -> None:
+    """Find at once that this machine is too small; GPUs are counted when Ray runs.
+
+    Raises:
+        ResourceError: It has not the cores.
+    """
+    without_gpus = cluster.model_copy(update={"gpus_per_worker": 0.0})
+    share_out(without_gpus, [{"CPU": local_cpus(cluster)}])
 
 
 def share_out(cluster: ClusterConfig, nodes: list[Node]) -> tuple[int, float]:
@@ -55,12 +68,14 @@ def share_out(cluster: ClusterConfig, nodes: list[Node]) -> tuple[int, float]:
 def _too_little(cluster: ClusterConfig, nodes: list[Node], cpus: int, gpus: float) -> ResourceError:
     places = _places(nodes, cpus, gpus)
     there = ", ".join(f"{n.get('CPU', 0):g} CPU and {n.get('GPU', 0):g} GPU" for n in nodes)
-    fewer = f"Try cluster.workers={places}, or" if places else "Try"
+    ways = [f"cluster.workers={places}"] if places else []
+    if gpus or cpus > 1:
+        ways.append("smaller workers (cluster.cpus_per_worker, cluster.gpus_per_worker)")
     return ResourceError(
         f"cluster.workers={cluster.workers} with {cpus} CPU and {gpus:g} GPU each do not fit: "
         f"there is room for {places}.",
         why=f"The nodes have: {there or 'nothing'}.",
-        fix=f"{fewer} smaller workers (cluster.cpus_per_worker, cluster.gpus_per_worker).",
+        fix=f"Try {' or '.join(ways)}." if ways else "Add a node to the cluster.",
     )
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import qlora_core
 from qlora_core.backends import process_session
-from qlora_core.backends.ray_resources import WORKER_PROCESS, local_cpus, share_out
+from qlora_core.backends.ray_address import require_ray
+from qlora_core.backends.ray_resources import WORKER_PROCESS, require_local_room
 from qlora_core.backends.ray_worker import RaySpec
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import LaunchError, from_json
@@ -68,12 +69,16 @@ class RayTrainLauncher:
 
         Raises:
             TrainingError: Training cannot go on.
+            UserError: Nobody answers at the address of the cluster.
             ResourceError: The cluster has not what was asked for.
             StoreError: There is no room for snapshots, say.
             LaunchError: Workers or drivers were lost more often than ``cluster.max_failures``.
         """
         if self.cluster.address is None:
-            _require_cores(self.cluster)
+            require_local_room(self.cluster)
+        else:
+            self.say(f"connecting to Ray at {self.cluster.address}")
+            require_ray(self.cluster.address)
         job = _absolute(job)
         job.scratch.mkdir(parents=True, exist_ok=True)
         for stale in (JOURNAL_FILE, SUMMARY_FILE):  # snapshots hold the journal's truth
@@ -205,12 +210,6 @@ def _environment(spec: RaySpec) -> dict[str, str]:
         environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "120"  # it may be busy, not lost
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     return environment
-
-
-def _require_cores(cluster: ClusterConfig) -> None:
-    """Find at once that this machine is too small; GPUs are counted when Ray runs."""
-    without_gpus = cluster.model_copy(update={"gpus_per_worker": 0.0})
-    share_out(without_gpus, [{"CPU": local_cpus(cluster)}])
 
 
 def _absolute(job: TrainJob) -> TrainJob:

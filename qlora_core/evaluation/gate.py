@@ -19,6 +19,10 @@ from qlora_core.config import GateConfig
 from qlora_core.evaluation.significance import Comparison, compare_metrics
 from qlora_core.ports import Champion
 
+_BY_HAND = (
+    "to promote all the same, give the new version the alias champion in MLflow (qlora ui, Models)"
+)
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -82,11 +86,10 @@ def _against_champion(config: GateConfig, tuned: EvalReport, champion: Champion 
         return _Verdict(
             False,
             f"{name} was measured on other held-out rows ({champion.dataset_digest[:12]}, not "
-            f"{tuned.dataset_digest[:12]}), so the two cannot be compared; promote by hand if you "
-            "mean it",
+            f"{tuned.dataset_digest[:12]}), so the two cannot be compared; {_BY_HAND}",
         )
     if config.metric not in champion.metrics:
-        return _Verdict(False, f"{name} was not measured by {config.metric}; promote by hand")
+        return _Verdict(False, f"{name} was not measured by {config.metric}; {_BY_HAND}")
     ours, theirs = tuned.metrics[config.metric], champion.metrics[config.metric]
     return _against(name, compare_metrics(config.metric, ours, theirs, config.confidence))
 

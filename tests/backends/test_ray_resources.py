@@ -1,6 +1,7 @@
 import pytest
 
-from qlora_core.backends.ray_resources import share_out
+from qlora_core.backends import ray_resources
+from qlora_core.backends.ray_resources import require_local_room, share_out
 from qlora_core.config import ClusterConfig
 from qlora_core.errors import ResourceError
 
@@ -45,3 +46,14 @@ def test_too_little_is_said_before_anything_waits(cluster, nodes, room):
 
     assert f"cluster.workers={cluster.workers}" in caught.value.what
     assert f"room for {room}." in caught.value.what
+
+
+@pytest.mark.parametrize(("cores", "most"), [(1, 2), (2, 2), (8, 8)])
+def test_this_machine_holds_a_worker_for_each_core_or_two(cores, most, monkeypatch):
+    monkeypatch.setattr(ray_resources, "own_cores", lambda: cores)
+    require_local_room(ClusterConfig(workers=most))
+
+    with pytest.raises(ResourceError, match=f"workers={most + 48}") as caught:
+        require_local_room(ClusterConfig(workers=most + 48))
+
+    assert caught.value.fix == f"Try cluster.workers={most}."

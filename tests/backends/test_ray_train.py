@@ -1,10 +1,13 @@
+import functools
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +17,10 @@ import pytest
 
 from qlora_core.backends import process_session
 from qlora_core.backends.in_process import InProcessLauncher
+from qlora_core.backends.ray_address import require_ray
 from qlora_core.backends.ray_train import RayTrainLauncher
 from qlora_core.config import ClusterConfig, SnapshotConfig
-from qlora_core.errors import ResourceError, TrainingError
+from qlora_core.errors import ResourceError, TrainingError, UserError
 from qlora_core.ports import StepMetrics, TrainJob
 
 pytestmark = pytest.mark.usefixtures("one_thread", "processes_before")
@@ -152,6 +156,7 @@ def ray_head(port: int):
             [ray, "start", *options], start_new_session=True, stdout=log, stderr=log
         )
     try:
+        require_ray(f"127.0.0.1:{port}", patience_s=60)
         yield
     finally:
         process_session.end(head.pid, patience_s=5.0)
@@ -174,6 +179,40 @@ def test_a_running_ray_is_used_where_an_address_is_given(make_job, monkeypatch):
 def test_more_cores_than_the_machine_has_are_refused_at_once(make_job):
     with pytest.raises(ResourceError, match="do not fit"):
         train_on_ray(make_job(), workers=1, cpus_per_worker=100_000)
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once_and_for_good(monkeypatch, make_job):
+    impatient = functools.partial(require_ray, patience_s=0.0)
+    monkeypatch.setattr("qlora_core.backends.ray_train.require_ray", impatient)
+
+    with pytest.raises(UserError, match=r"no Ray answers at 127\.0\.0\.1:1: .*refused") as caught:
+        train_on_ray(make_job(), workers=1, address="127.0.0.1:1")
+
+    assert not caught.value.is_transient
+
+
+@pytest.mark.parametrize("address", ["head", "head:six", "ray://"])
+def test_what_is_no_address_of_a_ray_is_told_with_one_that_would_do(address):
+    with pytest.raises(UserError, match="head:6379"):
+        require_ray(address)
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "[::1]:{}", "auto"])
+def test_a_cluster_that_is_just_starting_is_waited_for(form):
+    host, family = ("::1", socket.AF_INET6) if "::1" in form else ("127.0.0.1", socket.AF_INET)
+    with socket.socket(family) as free:
+        free.bind((host, 0))
+        port = free.getsockname()[1]
+    listening = []
+    starting = threading.Timer(
+        0.3, lambda: listening.append(socket.create_server((host, port), family=family))
+    )
+
+    starting.start()
+    require_ray(form.format(port))
+    starting.join()
+
+    listening[0].close()
 
 
 def test_a_session_is_ended_with_what_moved_into_other_groups():

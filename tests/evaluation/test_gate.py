@@ -94,6 +94,7 @@ def test_a_champion_measured_on_other_rows_is_left_in_place():
 
     assert not decision.passed
     assert "measured on other held-out rows" in decision.reasons[1]
+    assert "give the new version the alias champion" in decision.reasons[1]
 
 
 def test_a_champion_without_the_metric_is_left_in_place():
@@ -103,6 +104,7 @@ def test_a_champion_without_the_metric_is_left_in_place():
 
     assert not decision.passed
     assert "was not measured by exact_match" in decision.reasons[1]
+    assert "give the new version the alias champion" in decision.reasons[1]
 
 
 @pytest.mark.parametrize(("kl", "passes"), [(0.01, True), (0.2, False), (float("nan"), False)])

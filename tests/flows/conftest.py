@@ -16,7 +16,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     before = {name: os.environ.pop(name, None) for name in ("PREFECT_API_URL", "QLORAFLOW_HOME")}
     os.environ["QLORAFLOW_HOME"] = str(folder)
     yield folder
-    server.stop_server(folder)
+    server.stop_server(folder, force=True)
     server.stop_mlflow_ui(folder)
     del os.environ["QLORAFLOW_HOME"]
     os.environ.update({name: value for name, value in before.items() if value is not None})

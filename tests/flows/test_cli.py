@@ -86,6 +86,22 @@ def test_an_error_shows_its_traceback_only_when_asked(qlora):
     assert "Traceback" not in qlora("run", "nowhere.yaml").stderr
 
 
+def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path):
+    program = (
+        "import sys; sys.argv = ['qlora', 'plan', 'r.yaml']\n"
+        "from flows import __main__ as cli\n"
+        "def interrupted(*_): raise KeyboardInterrupt\n"
+        "cli._load = interrupted\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+    assert done.returncode == 130
+    assert "the same command goes on from here" in done.stderr
+
+
 def test_show_without_any_run_says_how_to_start_one(qlora):
     done = qlora("show")
 

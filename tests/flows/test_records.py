@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from flows.chat import can_talk
 from flows.records import OpenRecord, bury_interrupted, load_record, open_record, records
 from qlora_core.artifacts import Artifact, RegisteredModel
 from qlora_core.config import RunConfig
-from qlora_core.errors import UserError
+from qlora_core.errors import StoreError, UserError
 
 
 def recipe(name="cron", rank=16):
@@ -155,9 +156,42 @@ def test_a_beginning_that_fits_several_runs_is_refused(tmp_path):
         load_record(tmp_path, "alpha")
 
 
+def test_a_beginning_that_fits_very_many_runs_names_the_newest_and_counts_the_others(tmp_path):
+    for number in range(10):
+        open_record(tmp_path, recipe(f"alpha-{number}"), "1").close("completed")
+
+    with pytest.raises(UserError, match="10 runs begin") as caught:
+        load_record(tmp_path, "alpha")
+
+    assert "alpha-9" in caught.value.fix
+    assert "2 more (qlora show --all)" in caught.value.fix
+
+
+def test_without_a_name_the_newest_run_that_has_a_model_to_talk_to_is_taken(tmp_path):
+    tuned = open_record(tmp_path, recipe("tuned"), "1")
+    for role in ("base", "adapter"):
+        tuned.add(role, registered(tmp_path), cached=False)
+    tuned.close("completed")
+    open_record(tmp_path, recipe("failed"), "2").close("failed", "no rows")
+
+    assert load_record(tmp_path).run_id.startswith("failed")
+    assert load_record(tmp_path, None, lambda r: can_talk(r, None)).run_id.startswith("tuned")
+    with pytest.raises(UserError, match="none of the 2 runs"):
+        load_record(tmp_path, None, lambda r: can_talk(r, "merged"))
+
+
 def test_without_any_run_the_way_to_start_one_is_told(tmp_path):
     with pytest.raises(UserError, match="qlora run FILE"):
         load_record(tmp_path)
+
+
+def test_a_store_that_is_a_file_is_refused_with_its_path(tmp_path):
+    store = tmp_path / "afile"
+    store.touch()
+
+    for use in (bury_interrupted, lambda folder: open_record(folder, recipe(), "1")):
+        with pytest.raises(StoreError, match=r"cannot write .*afile/runs: a file is in the way"):
+            use(store)
 
 
 def test_a_file_that_is_no_record_is_passed_over(tmp_path):

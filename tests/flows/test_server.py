@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import multiprocessing
+import os
 import socket
 import stat
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 from flows import local_server, server
 from flows.local_server import ServerKind
-from qlora_core.errors import LaunchError
+from qlora_core.errors import LaunchError, StoreError, UserError
 
 HTTP = "import http.server as h, sys; h.HTTPServer(('127.0.0.1', int(sys.argv[1])), h.SimpleHTTPRequestHandler).serve_forever()"  # noqa: E501
 
@@ -82,6 +83,37 @@ def test_a_stopped_server_is_gone_and_stopping_again_says_so(tmp_path):
     assert not answers(running.url)
     assert not local_server.stop("small", tmp_path)
     assert local_server.status(small_server(), tmp_path) is None
+
+
+def test_the_server_is_not_ended_under_a_run_unless_forced(tmp_path):
+    kind = dataclasses.replace(small_server(), name="prefect")
+    running = local_server.ensure(kind, tmp_path / "server")
+
+    with server.server_kept(tmp_path):
+        with pytest.raises(UserError, match="a run is going on"):
+            server.stop_server(tmp_path)
+        assert answers(running.url)
+        assert server.stop_server(tmp_path, force=True)
+
+
+def test_the_server_is_ended_once_no_run_goes_on_any_more(tmp_path):
+    local_server.ensure(dataclasses.replace(small_server(), name="prefect"), tmp_path / "server")
+    with server.server_kept(tmp_path):
+        pass
+
+    assert server.stop_server(tmp_path)
+
+
+def test_a_run_on_somebody_elses_server_leaves_no_trace_of_its_own(tmp_path):
+    with server.server_kept(tmp_path / "home"):
+        assert not (tmp_path / "home").exists()
+
+
+def test_a_home_that_cannot_be_written_is_refused_with_its_path(tmp_path):
+    (tmp_path / "afile").touch()
+
+    with pytest.raises(StoreError, match=r"cannot write .*afile/server: a file is in the way"):
+        local_server.secret(tmp_path / "afile" / "server" / "prefect.secret")
 
 
 def test_a_killed_server_is_started_again_on_its_old_port(tmp_path):
@@ -194,6 +226,21 @@ def test_an_address_in_the_environment_that_does_not_answer_is_told(tmp_path, mo
 
     with pytest.raises(LaunchError, match=r"PREFECT_API_URL=http://127\.0\.0\.1:9/api"):
         server.ensure_server(tmp_path)
+
+
+def test_a_proxy_is_passed_by_whichever_variable_names_its_exceptions(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "here.example")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    connection = server.Connection("http://127.0.0.1:4200/api")
+
+    with connection.in_use():
+        passed_by = [urllib.request.proxy_bypass(h) for h in ("127.0.0.1:4200", "here.example")]
+        both = os.environ["NO_PROXY"], os.environ["no_proxy"]
+
+    assert all(passed_by)
+    assert both[0] == both[1]
+    assert (os.environ.get("NO_PROXY"), os.environ["no_proxy"]) == (None, "here.example")
 
 
 def status_of(url, auth=None):

@@ -6,15 +6,24 @@ from pathlib import Path
 import pytest
 from prefect.states import Failed
 
+from flows.planning import make_plan
 from qlora_core.artifacts import Facts, RegisteredModel
 from qlora_core.backends.memory import MemoryRegistry, MemoryTracker, RecordingProgress
-from qlora_core.config import RunConfig
-from qlora_core.errors import DataError, LaunchError, UserError
+from qlora_core.config import ClusterConfig, RunConfig
+from qlora_core.errors import DataError, LaunchError, ResourceError, UserError
 from qlora_core.ports import Services, stage
 from qlora_core.store import Store
 from tasks import places
 from tasks.progress import RunProgress, StoppedError
-from tasks.wiring import Workspace, find_sources, is_transient, resolved_quantization
+from tasks.wiring import (
+    Surroundings,
+    Workspace,
+    find_sources,
+    is_transient,
+    open_workspace,
+    resolved_quantization,
+    surrounded_by,
+)
 
 
 class Counted(Facts):
@@ -168,3 +177,17 @@ def test_a_source_that_is_not_there_is_told_by_its_field(config, tmp_path):
 def test_automatic_compute_dtype_is_decided_before_it_is_part_of_a_key(config):
     assert config.quantization.compute_dtype == "auto"
     assert resolved_quantization(config).compute_dtype in ("float32", "bfloat16", "float16")
+
+
+def test_more_workers_than_this_machine_holds_are_found_before_any_work(config, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    many = config.model_copy(update={"cluster": ClusterConfig(workers=5000)})
+    elsewhere = config.model_copy(update={"cluster": ClusterConfig(workers=5000, address="h:1")})
+    watched = surrounded_by(Surroundings(RecordingProgress()))
+
+    with watched, pytest.raises(ResourceError, match="workers=5000"):
+        open_workspace(many, MemoryTracker(), {}, Kept())
+    with pytest.raises(ResourceError, match="workers=5000"):
+        make_plan(many)
+
+    assert open_workspace(elsewhere, MemoryTracker(), {}, Kept()).config == elsewhere
