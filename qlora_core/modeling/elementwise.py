@@ -23,7 +23,12 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """Return ``x`` (..., H) divided by its root mean square, times a frozen weight; float32."""
+    """Return ``x`` (..., H) divided by its root mean square, times a frozen weight.
+
+    On a CPU in float32; GPUs have a kernel of torch's for it.
+    """
+    if x.device.type == "cuda":
+        return F.rms_norm(x, weight_H.shape, weight_H, eps)
     output: Tensor = _RmsNorm.apply(x, weight_H, eps)  # type: ignore[no-untyped-call]
     return output
 

@@ -29,12 +29,19 @@ from torch import Tensor, nn
 
 from qlora_core.modeling.elementwise import rms_norm, rotate
 from qlora_core.modeling.gated import Gated, find_activation
-from qlora_core.modeling.products import Product, dense_weight, fits, multiply, num_weights
+from qlora_core.modeling.products import (
+    Product,
+    compute_dtype,
+    dense_weight,
+    fits,
+    multiply,
+    num_weights,
+)
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_FLOAT_BYTES = 4
 _ROTARY = "apply_rotary_pos_emb"
 _NUM_TRIED = 3
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 _RotateBoth = Callable[..., tuple[Tensor, Tensor]]
 
@@ -57,7 +64,7 @@ class Fused:
 
 @contextmanager
 def fused(model: nn.Module, budget_bytes: int) -> Iterator[Fused]:
-    """Compute ``model`` by fused functions inside the block, where it computes in float32.
+    """Compute ``model`` by fused functions inside the block.
 
     Args:
         model: Carries one adapter; everything else is frozen.
@@ -66,7 +73,7 @@ def fused(model: nn.Module, budget_bytes: int) -> Iterator[Fused]:
     with ExitStack() as undo:
         products: dict[Any, Product] = {}
         for layers in _groups(model):
-            size_bytes = num_weights(layers) * _FLOAT_BYTES
+            size_bytes = num_weights(layers) * compute_dtype(layers[0].get_base_layer()).itemsize
             keeps = size_bytes <= budget_bytes
             budget_bytes -= size_bytes if keeps else 0
             product = Product(layers, dense_weight(layers) if keeps else None)
@@ -91,13 +98,13 @@ def _replace(undo: ExitStack, module: nn.Module, forward: Callable[..., Tensor])
 
 def _groups(model: nn.Module) -> list[list[Any]]:
     """Return the layers that can be fused, those that read the same input together."""
-    groups = []
+    groups: list[list[Any]] = []
     for parent in model.modules():
-        fit = {name: m for name, m in parent.named_children() if fits(m)}
+        fit: dict[str, Any] = {name: m for name, m in parent.named_children() if fits(m)}
         for siblings in _SIBLINGS:
             together = [fit.pop(name) for name in siblings if name in fit]
-            if together:
-                groups.append(together)
+            dtypes = {compute_dtype(layer.get_base_layer()) for layer in together}
+            groups += [together] if len(dtypes) == 1 else [[layer] for layer in together]
         groups += [[layer] for layer in fit.values()]
     return groups
 
@@ -158,6 +165,10 @@ class _Norm:
     weight_H: Tensor
     eps: float
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight_H.dtype
+
     def __call__(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight_H, self.eps)
 
@@ -167,20 +178,23 @@ def _norms(module: nn.Module) -> Iterator[_Norm]:
     weight: Any = getattr(module, "weight", None)
     eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     is_norm = isinstance(weight, Tensor) and weight.dim() == 1 and isinstance(eps, float)
-    if is_norm and not weight.requires_grad and weight.dtype == torch.float32:
+    is_ours = is_norm and (weight.dtype == torch.float32 or weight.is_cuda)
+    if is_ours and not weight.requires_grad:
         yield _Norm(weight.detach(), eps)
         yield _Norm(1 + weight.detach(), eps)  # Gemma stores what is missing to one
 
 
 @torch.no_grad()
 def _replace_if_same(
-    undo: ExitStack, module: nn.Module, forward: Callable[..., Tensor], num_in: int
+    undo: ExitStack, module: nn.Module, forward: _Norm | Gated, num_in: int
 ) -> bool:
     """Let ``forward`` compute for ``module`` if it does the same to a (B, T, I) input."""
-    device = next(module.parameters()).device
-    x = torch.randn(1, _NUM_TRIED, num_in, generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(1, _NUM_TRIED, num_in, generator=torch.Generator().manual_seed(0))
+    x = x.to(next(module.parameters()).device, forward.dtype)
     try:
-        same = torch.allclose(forward(x), module(x), rtol=1e-4, atol=1e-5)
+        expected = module(x)
+        error = (forward(x) - expected).float().norm() / expected.float().norm()
+        same = bool(error <= _TOLERANCE[forward.dtype])
     except Exception:  # whatever it objects to, it goes on as it was
         same = False
     if same:

@@ -31,6 +31,11 @@ class Gated:
     activation: Activation
     down: Product
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is multiplied."""
+        return self.inner.dtype
+
     def __call__(self, x: Tensor) -> Tensor:
         """Return the (..., I) output for the (..., I) input ``x``."""
         adapters = (*self.inner.adapters(), *self.down.adapters())
@@ -48,7 +53,7 @@ class _Gated(torch.autograd.Function):
         output_NI, down_u_NR = block.down.forward(h_NF, adapters[4:])
         ctx.save_for_backward(x_NI, y_NO, u_NR, down_u_NR, *adapters)
         ctx.block, ctx.shape = block, x.shape
-        return output_NI.view(x.shape)
+        return output_NI.view(x.shape).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -56,7 +61,7 @@ class _Gated(torch.autograd.Function):
         block: Gated = ctx.block
         gate_NF, up_NF = y_NO.chunk(2, 1)
         active_NF = block.activation.apply(gate_NF)
-        g_NI = g.reshape(-1, g.shape[-1])
+        g_NI = g.reshape(-1, g.shape[-1]).to(y_NO.dtype)
         down_parts, gu_NR = block.down.backward(g_NI, active_NF * up_NF, down_u_NR, adapters[4:])
         dh_NF = block.down.input_gradient(g_NI, gu_NR, adapters[4:])
         dy_NO = torch.empty_like(y_NO)
@@ -66,7 +71,8 @@ class _Gated(torch.autograd.Function):
         parts, gu_NR = block.inner.backward(dy_NO, x_NI, u_NR, adapters[:4])
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = block.inner.input_gradient(dy_NO, gu_NR, adapters[:4]).view(ctx.shape)
+            dx_NI = block.inner.input_gradient(dy_NO, gu_NR, adapters[:4])
+            dx = dx_NI.view(ctx.shape).to(x_NI.dtype)
         return dx, None, *parts, *down_parts
 
 

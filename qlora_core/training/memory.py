@@ -35,6 +35,17 @@ def activations_fit(config: Any, num_tokens: int, device: torch.device) -> bool:
         config: The model's transformers configuration.
         num_tokens: Of the largest micro-batch, padding included.
         device: The GPU, with the model already on it.
+    """
+    return spare_bytes(config, num_tokens, device) > 0
+
+
+def spare_bytes(config: Any, num_tokens: int, device: torch.device) -> int:
+    """Return what a GPU has left beside the activations of ``num_tokens``; negative if too little.
+
+    Args:
+        config: The model's transformers configuration.
+        num_tokens: Of the largest micro-batch, padding included.
+        device: The GPU, with the model already on it.
 
     Counted for each layer: the inputs of its products, norms and attention (about 10 hidden
     states) and of its feed-forward block (about 4 intermediate ones).
@@ -44,4 +55,4 @@ def activations_fit(config: Any, num_tokens: int, device: torch.device) -> bool:
     intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
     per_token = (10 * hidden + 4 * intermediate) * text.num_hidden_layers * _BYTES_PER_ACTIVATION
     free, _ = torch.cuda.mem_get_info(device)
-    return bool(num_tokens * per_token < _SHARE_OF_FREE_MEMORY * free)
+    return int(_SHARE_OF_FREE_MEMORY * free - num_tokens * per_token)

@@ -33,7 +33,7 @@ from qlora_core.training.comm import Comm
 from qlora_core.training.desk import job_fingerprint, open_desk
 from qlora_core.training.lanes import open_lanes
 from qlora_core.training.loop import Position, Run, train
-from qlora_core.training.memory import activations_fit
+from qlora_core.training.memory import activations_fit, spare_bytes
 from qlora_core.training.objective import LossFunction
 from qlora_core.training.optimizer import make_optimizer, restore
 
@@ -178,23 +178,32 @@ def _start_like_rank_0(run: Run) -> None:
 
 @contextmanager
 def _fast_paths(run: Run) -> Iterator[Run]:
-    """Pack, fuse, and dequantise once, where there is memory to spare: a CPU has more of it."""
+    """Pack, fuse, and dequantise once, where there is memory to spare."""
     with ExitStack() as stack:
         if run.loss.packs:
             stack.enter_context(packed_attention(run.model))
-        if run.device.type == "cpu":
-            spare_bytes = psutil.virtual_memory().available // (_SPARE_SHARE * run.comm.world_size)
-            taken = stack.enter_context(fused(run.model, min(BUDGET_BYTES, spare_bytes)))
-            if taken.num_left:
-                run.loss.notes.append(
-                    f"{taken.num_left} adapted layers are computed by PEFT, as they have dropout "
-                    "or DoRA, or do not compute in float32: correct, but slower."
-                )
-            stack.enter_context(dense_weights(run.model, taken.spare_bytes, taken.base_layers))
-            if not run.loss.draws:
-                num_lanes = min(torch.get_num_threads(), run.config.micro_batch)
-                run = replace(run, lanes=stack.enter_context(open_lanes(num_lanes)))
+        taken = stack.enter_context(fused(run.model, _budget_bytes(run)))
+        if taken.num_left:
+            run.loss.notes.append(
+                f"{taken.num_left} adapted layers are computed by PEFT, as they have dropout or "
+                "DoRA, or compute in 8 bits: correct, but slower."
+            )
+        stack.enter_context(dense_weights(run.model, taken.spare_bytes, taken.base_layers))
+        if run.device.type == "cpu" and not run.loss.draws:
+            num_lanes = min(torch.get_num_threads(), run.config.micro_batch)
+            run = replace(run, lanes=stack.enter_context(open_lanes(num_lanes)))
         yield run
+
+
+def _budget_bytes(run: Run) -> int:
+    """Return how many bytes of dequantised weights may be kept."""
+    if run.device.type == "cpu":
+        free = psutil.virtual_memory().available
+        return int(min(BUDGET_BYTES, free // (_SPARE_SHARE * run.comm.world_size)))
+    num_tokens = run.config.micro_batch * int(run.train.lengths.max())
+    is_recomputing = getattr(run.model, "is_activation_checkpointing", False)
+    spare = spare_bytes(run.model.config, 0 if is_recomputing else num_tokens, run.device)
+    return max(0, spare)
 
 
 @contextmanager

@@ -106,8 +106,8 @@ def test_a_lost_driver_is_started_again(make_job):
 
 
 @pytest.mark.ray
-def test_an_error_of_a_worker_arrives_as_what_it_is_and_is_not_retried(make_job):
-    job = make_job(learning_rate=1e30, warmup=0.0)
+def test_an_error_of_a_worker_arrives_as_what_it_is_and_is_not_retried(broken_base, make_job):
+    job = make_job().model_copy(update={"base": broken_base})
 
     with pytest.raises(TrainingError, match="at step"):
         train_on_ray(job, workers=1)

@@ -1,7 +1,5 @@
 """Training on a GPU, held against the CPU and against itself."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -50,7 +48,7 @@ def test_in_bfloat16_rows_are_packed_and_the_loss_is_that_of_float32_but_for_rou
     model = attach_adapter(load_base(bfloat16_base, "cuda"), AdapterConfig(rank=4), seed=0)
     loss = LossFunction(model)
     loss.try_out(read_split(dataset, "train"), torch.device("cuda"))
-    job = dataclasses.replace(make_job("short"), base=bfloat16_base)
+    job = make_job("short").model_copy(update={"base": bfloat16_base})
 
     assert loss.notes == []
     assert loss.packs

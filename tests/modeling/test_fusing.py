@@ -115,10 +115,24 @@ def test_what_is_not_plain_lora_is_left_to_peft(adapted, settings):
         assert taken.num_left == 14
 
 
-def test_products_of_other_dtypes_are_left_to_peft(adapted):
-    with fused(adapted("none", torch.bfloat16), 10**9) as taken:
-        assert taken.base_layers == frozenset()
-        assert taken.num_left == 14
+@pytest.mark.parametrize("method", ["nf4", "none"])
+def test_in_16_bits_the_gradients_are_as_near_to_the_exact_ones_as_pefts(adapted, method):
+    exact = loss_and_gradients(adapted(method))
+    model = adapted(method, torch.bfloat16)
+    theirs = loss_and_gradients(model)
+
+    with fused(model, 10**9) as taken:
+        ours = loss_and_gradients(model)
+
+    assert taken.num_left == 0
+    assert all(gradient.dtype == torch.float32 for gradient in ours[1])
+    assert distance(ours[1], exact[1]) <= 1.5 * distance(theirs[1], exact[1])
+
+
+def distance(found, expected) -> float:
+    pairs = zip(found, expected, strict=True)
+    squares = [float((a - b).square().sum() / b.square().sum()) for a, b in pairs]
+    return sum(squares) ** 0.5
 
 
 def test_after_the_block_the_layers_are_pefts_again(adapted):

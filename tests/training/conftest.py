@@ -1,11 +1,13 @@
 """A tiny quantised base, a few rows, and jobs on them."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qlora_core.config import AdapterConfig, TrainingConfig
 from qlora_core.data.prepared import IGNORED, TokenRow, write_split
@@ -71,6 +73,18 @@ def nf4_base(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def float_base(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("float"), tiny_llama, is_nf4=False)
+
+
+@pytest.fixture(scope="session")
+def broken_base(nf4_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a weight that is no number, so that no loss is one either."""
+    folder = tmp_path_factory.mktemp("broken")
+    shutil.copytree(nf4_base, folder, dirs_exist_ok=True)
+    file = folder / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -25,9 +25,9 @@ def test_linear_ends_one_step_above_its_floor():
 
 
 def test_constant_stays_after_the_warm_up():
-    got = rates(4, learning_rate=3.0, warmup=0.5, schedule="constant")
+    got = rates(4, learning_rate=0.5, warmup=0.5, schedule="constant")
 
-    assert got == pytest.approx([1.5, 3.0, 3.0, 3.0])
+    assert got == pytest.approx([0.25, 0.5, 0.5, 0.5])
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
