@@ -46,7 +46,7 @@ def train(workload: Workload, gauge: Gauge, folder: Path) -> None:
         "dataset": "rows",
         "dataset_dir": str(folder),
         "template": "empty",
-        "cutoff_len": settings.pack_length - 1 if is_packed else settings.longest + 1,
+        "cutoff_len": settings.pack_length if is_packed else settings.longest + 1,
         "packing": is_packed,
         "neat_packing": is_packed,
         "flash_attn": "sdpa",
@@ -55,7 +55,7 @@ def train(workload: Workload, gauge: Gauge, folder: Path) -> None:
         "overwrite_cache": True,
     }
     del asked["gradient_checkpointing"]
-    if is_packed:  # each pack gets one token more
+    if is_packed:
         asked["per_device_train_batch_size"] = settings.num_packs
     run_exp(asked, callbacks=[OnTrainer(gauge)])
 
@@ -68,7 +68,9 @@ def _give_rows(rows: list[Row], folder: Path) -> None:
         return row.input_ids, row.labels
 
     SupervisedDatasetProcessor._encode_data_example = encode
-    numbers = [{"instruction": str(number), "input": "", "output": "-"} for number in range(len(rows))]
+    numbers = [
+        {"instruction": str(number), "input": "", "output": "-"} for number in range(len(rows))
+    ]
     (folder / "rows.json").write_text(json.dumps(numbers), "utf-8")
     info = {"rows": {"file_name": "rows.json", "formatting": "alpaca"}}
     (folder / "dataset_info.json").write_text(json.dumps(info), "utf-8")

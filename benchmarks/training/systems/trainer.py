@@ -17,13 +17,13 @@ class OnTrainer(TrainerCallback):  # type: ignore[misc]
     def __init__(self, gauge: Gauge) -> None:
         self.gauge = gauge
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+    def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
         self.gauge.attach(model)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         self.gauge.step_done()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+    def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
         if "loss" in logs:
             self.gauge.losses.append(float(logs["loss"]))
 
