@@ -89,7 +89,7 @@ class Bench:
 
     def _measure(self, system: str, python: Path, found: dict[str, Measurement]) -> None:
         options = self.options
-        command = [
+        command: list[str | Path] = [
             python, "-m", f"benchmarks.training.systems.{SYSTEMS[system].module}", system,
             "--workload", self.workload,
             "--steps", str(options.steps), "--warmup", str(options.warmup),
@@ -167,7 +167,13 @@ def _workload(options: argparse.Namespace) -> Path:
     folder = WORK / key
     if not (folder / SETTINGS_FILE).exists():
         say(f"Making the workload in {folder} (once)")
-        command = [sys.executable, "-m", "benchmarks.training.making", "--out", folder]
+        command: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "benchmarks.training.making",
+            "--out",
+            folder,
+        ]
         command += ["--rows", str(options.rows)] + (["--gsm8k", gsm8k] if gsm8k else [])
         subprocess.run(command, cwd=ROOT, check=True, env=_environment("", is_shared=True))
     return folder
