@@ -50,7 +50,7 @@ def train(workload: Workload, gauge: Gauge, folder: Path) -> None:
         "packing": is_packed,
         "neat_packing": is_packed,
         "flash_attn": "sdpa",
-        "disable_shuffling": True,
+        "disable_shuffling": not is_packed,  # packs are sorted by their longest row
         "disable_gradient_checkpointing": True,
         "overwrite_cache": True,
     }

@@ -49,7 +49,8 @@ def _trainer(workload: Workload, gauge: Gauge, folder: Path, in_float32: bool) -
             bf16=False if in_float32 else None,
             packing=is_packed,
             max_length=settings.pack_length if is_packed else None,
-            train_sampling_strategy="sequential",
+            # best fit leaves packs sorted by their longest row, so the first would say little
+            train_sampling_strategy="random" if is_packed else "sequential",
         ),
         train_dataset=dataset(workload).remove_columns("length"),
         processing_class=AutoTokenizer.from_pretrained(workload.model),
