@@ -131,3 +131,8 @@ def write_workload(folder: Path, settings: Settings, rows: list[Row]) -> None:
         file.writelines(lines)
     text = json.dumps(asdict(settings), indent=1) + "\n"
     (folder / SETTINGS_FILE).write_text(text, "utf-8")
+
+
+def spread_evenly(number: int, num_chosen: int) -> list[int]:
+    """Return the middles of ``num_chosen`` equal parts of ``number`` places."""
+    return [(2 * part + 1) * number // (2 * num_chosen) for part in range(num_chosen)]

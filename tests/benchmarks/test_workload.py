@@ -11,6 +11,7 @@ from benchmarks.training.workload import (
     Settings,
     Workload,
     open_workload,
+    spread_evenly,
     write_workload,
 )
 
@@ -83,3 +84,9 @@ def test_packs_hold_the_longest_row_and_together_a_micro_batch():
 
     assert (short.pack_length, short.num_packs) == (512, 3)  # 8 rows of 200 tokens
     assert (long.pack_length, long.num_packs) == (640, 2)
+
+
+def test_few_places_stand_for_many():
+    assert spread_evenly(50, 4) == [6, 18, 31, 43]
+    assert spread_evenly(50, 1) == [25]
+    assert spread_evenly(3, 3) == [0, 1, 2]

@@ -27,7 +27,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from benchmarks.training.gauge import Gauge
 from benchmarks.training.systems.order import take_order
 from benchmarks.training.systems.trainer import OnTrainer, arguments, dataset
-from benchmarks.training.workload import Workload
+from benchmarks.training.workload import Workload, spread_evenly
 
 _SORTED_AT_ONCE = 50  # batches; transformers' own number
 
@@ -76,11 +76,6 @@ def _rows(workload: Workload, gauge: Gauge) -> Dataset:
     warmup = [0] * gauge.num_warmup  # the longest
     measured = spread_evenly(min(len(batches), _SORTED_AT_ONCE), gauge.num_steps)
     return rows.select([row for place in warmup + measured for row in batches[place]])
-
-
-def spread_evenly(number: int, num_chosen: int) -> list[int]:
-    """Return the middles of ``num_chosen`` equal parts of ``number`` places."""
-    return [(2 * part + 1) * number // (2 * num_chosen) for part in range(num_chosen)]
 
 
 if __name__ == "__main__":
