@@ -60,6 +60,8 @@ class Line:
     final_loss: float
     loss_difference: float | None
     """Largest difference to the plain loop at any step; none on other rows than its."""
+    has_plain: bool
+    """Whether there was a plain loop to compare with."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ def _line(
         matrix_share_wall=wall_share,
         final_loss=measured[-1].losses[-1],
         loss_difference=loss_difference(measured[0], plain[0]) if plain else None,
+        has_plain=bool(plain),
     )
 
 

@@ -39,8 +39,10 @@ def _share(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
-def _difference(difference: float | None) -> str:
-    return "other rows" if difference is None else f"{difference:.1e}"
+def _difference(line: Line) -> str:
+    if not line.has_plain:
+        return "-"
+    return "other rows" if line.loss_difference is None else f"{line.loss_difference:.1e}"
 
 
 _COLUMNS: dict[str, Callable[[Line], str]] = {
@@ -54,5 +56,5 @@ _COLUMNS: dict[str, Callable[[Line], str]] = {
     "matrix rate@cpu": lambda line: _share(line.matrix_share_cpu),
     "matrix rate": lambda line: _share(line.matrix_share_wall),
     "last loss": lambda line: f"{line.final_loss:.4f}",
-    "loss - plain": lambda line: _difference(line.loss_difference),
+    "loss - plain": _difference,
 }

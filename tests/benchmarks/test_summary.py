@@ -161,3 +161,11 @@ def test_a_system_that_stops_early_is_an_error():
 
     with pytest.raises(RuntimeError, match="2 of 3 steps"):
         gauge.measurement()
+
+
+def test_without_a_plain_loop_the_table_compares_no_losses():
+    rounds = [{"ours": each["ours"]} for each in ROUNDS]
+
+    text = table(summarise(rounds, settings(), 2, RATES), {})
+
+    assert text.splitlines()[1].endswith(" -")
