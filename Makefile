@@ -2,6 +2,7 @@
 #   make demo    fine-tune a real model on embedded defaults, from data to registered model
 #   make test    the test suite
 #   make check   format, lint, types, import contracts
+#   make bench   training speed against other tools, each in an environment of its own; 45 minutes
 # The first call makes .venv; later ones start at once. Another Python: make PYTHON=python3.12 test
 
 SHELL := /bin/bash
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-fast check format clean env
+.PHONY: demo test test-fast check bench format clean env
 
 env: $(READY)
 
@@ -47,9 +48,13 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# options: make bench BENCH="--systems ours,plain --rounds 1"; see benchmarks/README.md
+bench: $(READY)
+	@$(BIN)/python -m benchmarks.training $(BENCH)
+
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) benchmarks/.envs benchmarks/.work build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

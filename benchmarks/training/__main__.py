@@ -1,0 +1,307 @@
+"""Run our engine and its peers in turn, on the same work, and compare.
+
+    python -m benchmarks.training [--systems ours,plain,hf-grouped] [--rounds 3] [--steps 4]
+
+Systems take turns (A B C, A B C, ...), each in a process and an environment of its own, so whatever
+else the machine does meets all of them.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.training.environments import FAMILIES, Environments
+from benchmarks.training.gauge import MARK, Measurement
+from benchmarks.training.summary import OURS, Summary, summarise
+from benchmarks.training.table import table
+from benchmarks.training.workload import SETTINGS_FILE, Settings, open_workload
+
+ROOT = Path(__file__).parents[2]
+WORK, RESULTS = ROOT / "benchmarks" / ".work", ROOT / "benchmarks" / "results"
+_CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+"""What decides whether float32 or bfloat16 is the faster one on a CPU."""
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+
+
+@dataclass(frozen=True)
+class System:
+    """How a system is started."""
+
+    family: str
+    module: str
+    """Of `benchmarks.training.systems`."""
+
+
+SYSTEMS = {
+    OURS: System("ours", "ours"),
+    "plain": System("huggingface", "plain"),
+    "hf-padded": System("huggingface", "huggingface"),
+    "hf-grouped": System("huggingface", "huggingface"),
+    "hf-flattened": System("huggingface", "huggingface"),
+    "trl-padded": System("huggingface", "trl_sft"),
+    "trl-packed": System("huggingface", "trl_sft"),
+    "trl-padded-float32": System("huggingface", "trl_sft"),
+    "trl-packed-float32": System("huggingface", "trl_sft"),
+    "llama-factory-padded": System("llama-factory", "llama_factory"),
+    "llama-factory-neat": System("llama-factory", "llama_factory"),
+    "unsloth": System("unsloth", "unsloth_sft"),
+    "axolotl": System("axolotl", "axolotl_sft"),
+}
+
+
+@dataclass
+class Bench:
+    """One run of the benchmark."""
+
+    options: argparse.Namespace
+    workload: Path
+    environments: Environments
+    num_cores: int
+    rounds: list[dict[str, Measurement]] = field(default_factory=list)
+    rates: list[dict[str, float]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Measure all rounds; a system that fails once is left out from then on."""
+        pythons = {system: self._python(system) for system in self.options.systems}
+        for number in range(1, self.options.rounds + 1):
+            self.rates.append(self._matrix_rate())
+            found: dict[str, Measurement] = {}
+            self.rounds.append(found)
+            for system, python in pythons.items():
+                if python is not None and system not in self.left_out:
+                    say(f"round {number} of {self.options.rounds}: {system}")
+                    self._measure(system, python, found)
+
+    def _python(self, system: str) -> Path | None:
+        family = SYSTEMS[system].family
+        python = self.environments.python(family)
+        if python is None:
+            self.left_out[system] = self.environments.why_not(family)
+        return python
+
+    def _measure(self, system: str, python: Path, found: dict[str, Measurement]) -> None:
+        options = self.options
+        command: list[str | Path] = [
+            python, "-m", f"benchmarks.training.systems.{SYSTEMS[system].module}", system,
+            "--workload", self.workload,
+            "--steps", str(options.steps), "--warmup", str(options.warmup),
+            "--global-batch", str(options.global_batch),
+            "--micro-batch", str(options.micro_batch),
+        ]  # fmt: skip
+        log = self.workload / "logs" / f"{system}.txt"
+        log.parent.mkdir(exist_ok=True)
+        with log.open("w", encoding="utf-8") as said:
+            try:
+                done = subprocess.run(
+                    command, stdout=subprocess.PIPE, stderr=said, text=True, cwd=ROOT, check=False,
+                    env=_environment(system, is_shared=options.shared_machine),
+                    timeout=options.timeout,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                self.left_out[system] = f"took more than {options.timeout} s"
+                return
+        marked = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+        if done.returncode or not marked:
+            self.left_out[system] = f"failed: {_last_line(log)} (all of it: {log})"
+            say(f"{system} {self.left_out[system]}")
+            return
+        found[system] = Measurement(**json.loads(marked[-1].removeprefix(MARK)))
+        rate = self.num_cores * found[system].num_tokens / found[system].cpu_s
+        say(f"  {rate:.0f} tok/s@cpu, {found[system].wall_s:.0f} s")
+
+    def _matrix_rate(self) -> dict[str, float]:
+        output = subprocess.run(
+            [sys.executable, "-m", "benchmarks.training.matrix_rate"],
+            stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True,
+            env=_environment("", is_shared=self.options.shared_machine),
+        ).stdout  # fmt: skip
+        rates: dict[str, float] = json.loads(output)
+        return rates
+
+
+def say(text: str) -> None:
+    """Tell a person how far it is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Run the benchmark; print the table and store the results."""
+    options = _options()
+    has_cuda = _has_cuda()
+    if options.systems is None:
+        options.systems = [
+            name for name, system in SYSTEMS.items()
+            if has_cuda or not FAMILIES[system.family].needs_cuda
+        ]  # fmt: skip
+    bench = Bench(
+        options,
+        _workload(options),
+        Environments(dict(options.python), say, has_cuda),
+        _num_cores(),
+    )
+    bench.run()
+    settings = open_workload(bench.workload).settings
+    if not any(bench.rounds):
+        say(f"Nothing was measured: {bench.left_out}")
+        return 1
+    summary = summarise(bench.rounds, settings, bench.num_cores, bench.rates)
+    print(table(summary, bench.left_out))
+    say(f"stored in {_store(bench, settings, summary)}")
+    return 0
+
+
+def _workload(options: argparse.Namespace) -> Path:
+    """Return the workload's folder, made in a process of its own if need be."""
+    gsm8k = options.gsm8k or (GSM8K if GSM8K.exists() else None)
+    content = hashlib.sha256(gsm8k.read_bytes()).hexdigest() if gsm8k else "chats"
+    code = "".join((Path(__file__).parent / name).read_text() for name in ("making.py", "chats.py"))
+    key = hashlib.sha256(f"{content} {options.rows} {code}".encode()).hexdigest()[:12]
+    folder = WORK / key
+    if not (folder / SETTINGS_FILE).exists():
+        say(f"Making the workload in {folder} (once)")
+        command: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "benchmarks.training.making",
+            "--out",
+            folder,
+        ]
+        command += ["--rows", str(options.rows)] + (["--gsm8k", gsm8k] if gsm8k else [])
+        subprocess.run(command, cwd=ROOT, check=True, env=_environment("", is_shared=True))
+    return folder
+
+
+def _environment(system: str, *, is_shared: bool) -> dict[str, str]:
+    """Return a process's environment: peers get their defaults, ours what its launcher sets."""
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "WANDB_MODE": "disabled",
+        "DISABLE_VERSION_CHECK": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    if is_shared:
+        quiet["OMP_WAIT_POLICY"] = "passive"
+    if system == OURS:
+        from qlora_core.backends.ray_resources import WORKER_PROCESS
+
+        quiet |= WORKER_PROCESS
+    return {**os.environ, **quiet}
+
+
+def _store(bench: Bench, settings: Settings, summary: Summary) -> Path:
+    now = datetime.datetime.now(datetime.UTC)
+    given = {name: value for name, value in vars(bench.options).items() if name != "python"}
+    record: dict[str, Any] = {
+        "what": "training, ours against peers",
+        "date": now.isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": _machine(bench.num_cores),
+        "options": {name: str(v) if isinstance(v, Path) else v for name, v in given.items()},
+        "workload": asdict(settings),
+        "matrix_rates": bench.rates,
+        "left_out": bench.left_out,
+        "summary": asdict(summary),
+        "rounds": [{name: asdict(m) for name, m in each.items()} for each in bench.rounds],
+    }
+    folder = bench.options.out or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path: Path = folder / f"training-{now:%Y%m%d-%H%M%S}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    return path
+
+
+def _machine(num_cores: int) -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    stated = {name.strip(): value.strip() for name, _, value in (li.partition(":") for li in lines)}
+    flags = set(stated.get("flags", "").split())
+    return {
+        "cpu": stated.get("model name") or platform.processor() or platform.machine(),
+        "cpu_features": [name for name in _CPU_FEATURES if name in flags],
+        "cores": num_cores,
+        "system": platform.system(),
+        "load_at_end": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _has_cuda() -> bool:
+    ask = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
+    done = subprocess.run(ask, capture_output=True, text=True, check=True)
+    return done.stdout.strip() == "True"
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:200] if lines else "it said nothing"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training", description=(__doc__ or "").partition("\n")[0]
+    )
+    add = parser.add_argument
+    add("--systems", type=_names, help=f"some of {','.join(SYSTEMS)}; default: all that can run")
+    add("--rounds", type=int, default=3)
+    add("--steps", type=int, default=4, help="optimizer steps measured in each round")
+    add("--warmup", type=int, default=1, help="optimizer steps before the clocks start")
+    add("--global-batch", type=int, default=8, help="rows of an optimizer step")
+    add("--micro-batch", type=int, default=8, help="rows of a forward pass")
+    add("--rows", type=int, default=2000, help="rows of an epoch")
+    add("--gsm8k", type=Path, help="GSM8K's train.jsonl; default: ../shared/data, else made up")
+    add("--python", type=_python, action="append", default=[], metavar="FAMILY=PATH",
+        help=f"use this Python for a family: {', '.join(FAMILIES)}")  # fmt: skip
+    add("--shared-machine", action="store_true",
+        help="in all systems, threads that wait sleep: for machines with other work")  # fmt: skip
+    add("--timeout", type=int, default=1800, help="seconds a system may take")
+    add("--out", type=Path, help="folder for the results; default: benchmarks/results")
+    options = parser.parse_args()
+    if options.global_batch % options.micro_batch:
+        parser.error("--global-batch must be a multiple of --micro-batch")
+    if options.warmup < 1:
+        parser.error("--warmup must be at least 1: the clocks start at the end of a step")
+    return options
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if unknown := _unknown(names, SYSTEMS):
+        raise argparse.ArgumentTypeError(f"{unknown} is none of {', '.join(SYSTEMS)}")
+    return names
+
+
+def _python(text: str) -> tuple[str, Path]:
+    family, _, path = text.partition("=")
+    if _unknown([family], FAMILIES) or not Path(path).exists():
+        raise argparse.ArgumentTypeError(f"{text!r} is not like {next(iter(FAMILIES))}=/a/python")
+    return family, Path(path).absolute()
+
+
+def _unknown(names: list[str], known: Iterable[str]) -> str:
+    return ", ".join(sorted(set(names) - set(known)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

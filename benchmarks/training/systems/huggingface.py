@@ -1,0 +1,82 @@
+"""transformers' Trainer with PEFT: padded, grouped by length, or rows flattened into one.
+
+Flattened rows are told apart by their positions, from which transformers makes a block mask where
+attention is torch's own (on a CPU, say).
+
+Grouping sorts 50 batches at a time, so the first few hold the longest rows of 400, and say little
+of an epoch. The batches trained here are those of transformers' own sampler, but spread evenly over
+the first 50.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from benchmarks.training.gauge import Gauge
+from benchmarks.training.systems.order import take_order
+from benchmarks.training.systems.trainer import OnTrainer, arguments, dataset
+from benchmarks.training.workload import Workload, spread_evenly
+
+_SORTED_AT_ONCE = 50  # batches; transformers' own number
+
+
+def main() -> None:
+    """Train and report."""
+    workload, gauge = take_order()
+    with tempfile.TemporaryDirectory() as folder:
+        train(workload, gauge, Path(folder))
+    gauge.report()
+
+
+def train(workload: Workload, gauge: Gauge, folder: Path) -> None:
+    """Train ``gauge``'s steps."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = AutoModelForCausalLM.from_pretrained(workload.model, device_map={"": device})
+    model = PeftModel.from_pretrained(base, workload.adapter, is_trainable=True)
+    tokenizer = AutoTokenizer.from_pretrained(workload.model)
+    if gauge.system == "hf-flattened":
+        collator = DataCollatorWithFlattening()
+    else:
+        collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
+    args = TrainingArguments(
+        **arguments(workload.settings, gauge, folder),
+        train_sampling_strategy="sequential",
+    )
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=_rows(workload, gauge),
+        data_collator=collator,
+        callbacks=[OnTrainer(gauge)],
+    )
+    trainer.train()
+
+
+def _rows(workload: Workload, gauge: Gauge) -> Dataset:
+    rows = dataset(workload)
+    if gauge.system != "hf-grouped":
+        return rows
+    size, seed = workload.settings.global_batch, workload.settings.seed
+    order = get_length_grouped_indices(
+        list(rows["length"]), size, generator=torch.Generator().manual_seed(seed)
+    )
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    warmup = [0] * gauge.num_warmup  # the longest
+    measured = spread_evenly(min(len(batches), _SORTED_AT_ONCE), gauge.num_steps)
+    return rows.select([row for place in warmup + measured for row in batches[place]])
+
+
+if __name__ == "__main__":
+    main()
