@@ -16,9 +16,7 @@ WORKER_PROCESS = {
     # Active spinning is up to 1.6 times faster on idle cores, 2 to 6 times slower on shared ones;
     # and they are shared: the base model is evaluated beside training.
     "OMP_WAIT_POLICY": "passive",
-    # glibc gives memory back after every step and takes it again, page by page; and each thread
-    # has a heap of its own that it gives back the sooner. One heap that is kept halves that.
-    "MALLOC_ARENA_MAX": "1",
+    # glibc gives memory back after every step and takes it again, page by page: let it keep it.
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
 }

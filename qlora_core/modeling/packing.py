@@ -18,9 +18,9 @@ keyword arguments down to it, so this works on any model built that way. Whether
 one is not guessed but tried: see `qlora_core.training.objective`.
 
 Dims: N packed tokens, H query heads, G key heads, D head size, S own tokens of a row, P prefix.
-On a CPU in float32 `qlora_core.modeling.attention` computes all rows, on a GPU in 16 bits
-FlashAttention does (there, prefixes are not shared: its rows lie in one piece). What neither takes,
-such as a soft cap, is computed row by row by torch.
+On a CPU in float32 `qlora_core.modeling.attention` computes rows that are not short, on a GPU in 16
+bits FlashAttention does (there, prefixes are not shared: its rows lie in one piece). The rest, such
+as a soft cap, is computed row by row by torch.
 
 Source: Krell et al. 2021, arXiv:2107.02027 (packing); Dao et al. 2022, arXiv:2205.14135 (no scores
 in memory).
@@ -42,6 +42,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qlora_core.modeling.attention import attend_grouped
 
 NAME = "qloraflow_packed"
+_MIN_REACH = 64  # of the longest row; in shorter ones Python takes longer than what is gained
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def attend(
         sliding_window = None  # over the longest row
     if softcap is None and not dropout:
         states = (query_1HND, key_1GND, value_1GND)
-        if sliding_window is None and _is_plain(query_1HND):
+        if sliding_window is None and reach >= _MIN_REACH and _is_plain(query_1HND):
             scale = query_1HND.shape[-1] ** -0.5 if scaling is None else scaling
             return attend_grouped(*states, layout, scale), None
         if not layout.prefix and _is_for_flash(query_1HND):
