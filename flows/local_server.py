@@ -27,7 +27,7 @@ import psutil
 from pydantic import ValidationError
 
 from qlora_core.artifacts import Frozen
-from qlora_core.errors import LaunchError, storage_error
+from qlora_core.errors import LaunchError, storage_error, storing
 
 LOOPBACK = "127.0.0.1"
 _PORTS_TRIED = 100
@@ -108,14 +108,12 @@ def secret(path: Path) -> str:
     Raises:
         StoreError: Its folder cannot be written.
     """
-    try:
+    with storing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(path.with_suffix(".lock")):
             if not path.exists():
                 _write_private(path, secrets.token_urlsafe(24))
             return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise storage_error(error, path.parent) from error
 
 
 def _start(kind: ServerKind, folder: Path, port: int) -> Running:

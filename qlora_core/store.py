@@ -34,7 +34,7 @@ from pydantic import ValidationError
 
 from qlora_core.artifacts import Artifact, Facts, Frozen
 from qlora_core.config import Config
-from qlora_core.errors import ArtifactError, StoreError, storage_error
+from qlora_core.errors import ArtifactError, StoreError, storage_error, storing
 from qlora_core.fingerprint import file_digest, files_below, fingerprint, tree_digest
 from qlora_core.ports import Context, Progress, Services, Stage
 from qlora_core.sources import Source
@@ -98,13 +98,11 @@ class Store:
         Raises:
             StoreError: The folder cannot be written.
         """
-        try:
+        with storing(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / f".probe-{os.getpid()}-{time.monotonic_ns()}"
             probe.write_bytes(b"x")
             probe.unlink()
-        except OSError as error:
-            raise storage_error(error, self.root) from error
 
     def key(self, stage: Stage[P, F], *args: P.args, **kwargs: P.kwargs) -> str:
         """Return the name under which this stage with these inputs is kept."""

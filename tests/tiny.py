@@ -7,10 +7,17 @@ tokens inside text behave as in real models.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 CHATML = (
     "{% for message in messages %}"
@@ -79,3 +86,22 @@ def bring_own_code(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "mine", "architectures": [], "auto_map": auto_map}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def small_model(kind: str, **settings: Any) -> PreTrainedModel:
+    """A random two-layer causal model of an architecture of transformers, by its config's name."""
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{kind}Config")(**(sizes | settings))
+        suffix = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
+        model: PreTrainedModel = getattr(transformers, kind.removesuffix("Text") + suffix)(config)
+    return model

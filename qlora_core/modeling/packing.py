@@ -30,6 +30,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, cast
 
@@ -63,6 +64,11 @@ class Layout:
     def num_tokens(self) -> int:
         """N, what goes through the model."""
         return self.prefix + sum(self.lengths)
+
+    @cached_property
+    def longest(self) -> int:
+        """S of the longest row."""
+        return max(self.lengths)
 
     def positions(self) -> list[int]:
         """Return the (N,) positions of the tokens in their rows."""
@@ -137,7 +143,7 @@ def attend(
     unknown = [name for name in ("s_aux", "position_bias") if others.get(name) is not None]
     if attention_mask is not None or unknown or not getattr(module, "is_causal", True):
         raise ValueError(f"{type(module).__name__} wants more than causal attention: {unknown}")
-    reach = max(own.stop - own.start + before for own, before in layout.spans())
+    reach = layout.prefix + layout.longest
     if sliding_window is not None and sliding_window >= reach:
         sliding_window = None  # over the longest row
     if softcap is None and not dropout:
@@ -185,7 +191,7 @@ def _attend_flash(
     window: int | None,
 ) -> Tensor:
     """Return the (1, N, H, D) attention of all rows at once, by FlashAttention on a GPU."""
-    starts, longest = layout.starts(query_1HND.device), max(layout.lengths)
+    starts, longest = layout.starts(query_1HND.device), layout.longest
     q_NHD, k_NGD, v_NGD = (s[0].transpose(0, 1) for s in (query_1HND, key_1GND, value_1GND))
     output_NHD: Any = varlen_attn(
         q_NHD,

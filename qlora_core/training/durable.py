@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from qlora_core.errors import storage_error
+from qlora_core.errors import storing
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -12,13 +12,10 @@ def write_durably(path: Path, content: bytes) -> None:
     Raises:
         StoreError: There is no room, say.
     """
-    try:
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise storage_error(error, path) from error
+    with storing(path), path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def replace_durably(path: Path, content: bytes) -> None:

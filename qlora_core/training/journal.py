@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from qlora_core.artifacts import Frozen
-from qlora_core.errors import storage_error
+from qlora_core.errors import storing
 from qlora_core.ports import StepMetrics
 from qlora_core.training.durable import replace_durably
 
@@ -54,12 +54,10 @@ class Journal:
         Raises:
             StoreError: There is no room, say.
         """
-        try:
+        with storing(self.path):
             self._file.write(_line(metrics))
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise storage_error(error, self.path) from error
         self.steps.append(metrics)
 
     def close(self) -> None:

@@ -129,6 +129,7 @@ class LossFunction:
             return
         tried = usable[[len(usable) // 2, len(usable) * 3 // 4, -1]]
         was_training = self.model.training
+        self.draws = True  # until it is shown not to
         try:
             self.draws = self._draws(collate(rows, tried[:1], device))
             self.model.eval()

@@ -13,6 +13,7 @@ from qlora_core.modeling.lora import attach_adapter, trainable_parameters
 from qlora_core.modeling.packing import packed_attention
 from qlora_core.training.collation import collate, common_prefix, pack
 from qlora_core.training.objective import LossFunction
+from tests.tiny import small_model
 
 CPU = torch.device("cpu")
 
@@ -89,20 +90,7 @@ def test_the_loss_is_a_sum_so_splitting_a_batch_changes_nothing(float_base, data
     ],
 )
 def test_what_a_model_does_to_its_logits_is_kept(kind, settings, frozen, dataset):
-    import transformers
-
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    settings = settings | ({"vocab_size": 64} if kind == "GPT2" else sizes)
-    config = getattr(transformers, f"{kind}Config")(**settings, pad_token_id=0)
-    name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
-    model = getattr(transformers, name)(config).eval().requires_grad_(not frozen)
+    model = small_model(kind, **settings).eval().requires_grad_(not frozen)
     rows = read_split(dataset, "train")
     batch = collate(rows, np.arange(4), CPU)
 
@@ -224,17 +212,6 @@ def test_computing_a_shared_prefix_once_changes_neither_loss_nor_gradients(base,
         assert (ours[name] - expected).norm() <= 1e-5 * expected.norm(), name
 
 
-SMALL_MODEL = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
-
-
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -252,7 +229,7 @@ SMALL_MODEL = {
     ],
 )
 def test_rows_of_common_architectures_are_packed_to_the_same_loss(kind, settings, dataset):
-    model = small_model(kind, SMALL_MODEL | settings)
+    model = small_model(kind, **settings).eval()
     rows = read_split(dataset, "train")
     loss = LossFunction(model)
 
@@ -276,7 +253,7 @@ def test_rows_of_common_architectures_are_packed_to_the_same_loss(kind, settings
 def test_models_that_look_across_rows_or_attend_otherwise_are_padded_and_it_is_said(
     kind, settings, dataset
 ):
-    model = small_model(kind, SMALL_MODEL | settings)
+    model = small_model(kind, **settings).eval()
     rows = read_split(dataset, "train")
     loss = LossFunction(model)
 
@@ -297,7 +274,7 @@ def test_models_that_look_across_rows_or_attend_otherwise_are_padded_and_it_is_s
     ],
 )
 def test_a_leak_between_rows_is_found_in_16_bits_too(kind, settings, dataset):
-    model = small_model(kind, SMALL_MODEL | settings).bfloat16()
+    model = small_model(kind, **settings).eval().bfloat16()
     loss = LossFunction(model)
 
     loss.try_out(read_split(dataset, "train"), CPU)
@@ -307,7 +284,7 @@ def test_a_leak_between_rows_is_found_in_16_bits_too(kind, settings, dataset):
 
 
 def test_in_16_bits_rows_that_keep_to_themselves_are_packed(dataset):
-    loss = LossFunction(small_model("Llama", SMALL_MODEL).bfloat16())
+    loss = LossFunction(small_model("Llama").eval().bfloat16())
 
     loss.try_out(read_split(dataset, "train"), CPU)
 
@@ -326,13 +303,28 @@ def test_in_16_bits_rows_that_keep_to_themselves_are_packed(dataset):
     ],
 )
 def test_dropout_of_the_models_own_is_noticed(kind, settings, draws, dataset):
-    loss = LossFunction(small_model(kind, SMALL_MODEL | settings))
+    loss = LossFunction(small_model(kind, **settings).eval())
     state = torch.get_rng_state()
 
     loss.try_out(read_split(dataset, "train"), CPU)
 
     assert loss.draws is draws
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_that_cannot_be_tried_counts_as_one_that_draws(dataset, monkeypatch):
+    model = small_model("Llama").eval()
+
+    def refuse(**_):
+        raise ValueError("not like this")
+
+    monkeypatch.setattr(model, "forward", refuse)
+    loss = LossFunction(model)
+    loss.try_out(read_split(dataset, "train"), CPU)
+
+    assert loss.draws
+    assert not loss.packs
+    assert "not like this" in loss.notes[0]
 
 
 def test_dropout_of_an_adapter_that_adds_nothing_yet_is_noticed(float_base, dataset):
@@ -343,14 +335,3 @@ def test_dropout_of_an_adapter_that_adds_nothing_yet_is_noticed(float_base, data
 
     assert loss.draws
     assert "computed for each of them" in loss.notes[0]
-
-
-def small_model(kind: str, settings: dict):
-    import transformers
-
-    name = kind.removesuffix("Text")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = getattr(transformers, f"{kind}Config")(**settings)
-        suffix = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
-        return getattr(transformers, f"{name}{suffix}")(config).eval()
