@@ -18,9 +18,11 @@ from rich.table import Table
 
 from flows.quantities import size, unit_of
 from qlora_core.artifacts import Artifact, Facts, PreparedDataset
+from qlora_core.backends.ray_resources import cores_of_worker
 from qlora_core.config import RunConfig
+from qlora_core.data.prepared import read_split
 from qlora_core.modeling.loading import load_config
-from qlora_core.modeling.memory import shape_of
+from qlora_core.modeling.shape import shape_of
 from qlora_core.plan import Device, Plan, RawSize, Role, plan_run
 from qlora_core.ports import Stage
 from qlora_core.store import Store
@@ -78,6 +80,8 @@ def make_plan(config: RunConfig) -> Plan:
         device=_device(lookup),
         is_cached=lambda role: _is_cached(known, role),
         prepared=data.facts if data and isinstance(data.facts, PreparedDataset) else None,
+        rows=read_split(data.path, "train") if data else None,
+        num_cores=_cores(config),
         raw=_raw_size(lookup.sources.dataset.path),
     )
 
@@ -119,6 +123,11 @@ def _look_up(ws: _Lookup) -> dict[Role, Artifact[Any] | None]:
 
 def _is_cached(known: dict[Role, Artifact[Any] | None], role: Role) -> bool | None:
     return known[role] is not None if role in known else None
+
+
+def _cores(config: RunConfig) -> int:
+    cluster = places.cluster(config)
+    return cores_of_worker(cluster) if cluster.address is None else cluster.cpus_per_worker or 1
 
 
 def _device(ws: _Lookup) -> Device:

@@ -197,12 +197,15 @@ def _base_line(facts: QuantizedBase) -> str:
 
 def _adapter_line(facts: AdapterCheckpoint) -> str:
     resumed = f"; resumed at {', '.join(map(str, facts.resumed_at))}" if facts.resumed_at else ""
+    predicted = (
+        f" (planned {size(facts.predicted_peak_bytes)})" if facts.predicted_peak_bytes else ""
+    )
     stopped = " (stopped early)" if facts.stopped_early else ""
     return (
         f"{count(facts.num_trainable_parameters)} weights, {facts.num_steps} of "
         f"{facts.num_steps_planned} steps{stopped}; loss {facts.train_loss:.3f}, held out "
         f"{facts.heldout_loss:.3f}; {facts.tokens_per_s:.0f} tok/s, "
-        f"{size(facts.peak_memory_bytes)}{resumed}"
+        f"{size(facts.peak_memory_bytes)} at the peak{predicted}{resumed}"
     )
 
 

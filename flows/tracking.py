@@ -74,6 +74,10 @@ def _final_metrics(result: RunResult) -> Iterator[tuple[str, float]]:
                 yield f"{report.subject}/{name}_se", metric.standard_error
     if result.merged:
         yield "merge/kl", result.merged.facts.parity[0].kl.value
+    trained = result.adapter.facts
+    yield "train/peak_memory_bytes", trained.peak_memory_bytes
+    yield "train/predicted_peak_bytes", trained.predicted_peak_bytes
+    yield "train/rows_per_pass", trained.num_rows_per_pass
     yield "base/quantisation_error", result.base.facts.mean_relative_error
     yield "base/bits_per_parameter", result.base.facts.bits_per_parameter
 

@@ -137,6 +137,10 @@ class AdapterCheckpoint(Facts):
     supervised_tokens_per_s: float
     peak_memory_bytes: int
     """Largest resident (CPU) or allocated (GPU) memory of one worker."""
+    predicted_peak_bytes: int = 0
+    """What the memory plan said of that, before training."""
+    num_rows_per_pass: int = 0
+    """Rows of a forward pass at most: `training.micro_batch`, unless that did not fit."""
     num_workers: int
     num_attempts: int
     """1 without interruption."""

@@ -5,8 +5,8 @@ Three kinds of field, told apart by *type*, never by a list of names to skip:
 - plain fields change the result, so they go into the keys of the artefacts;
 - `Locator` fields say where something lies. What lies there is hashed by content (see
   `qlora_core.sources`), so a moved file is still the same file;
-- `Runtime` parts say where and how patiently the work is done (workspace, cluster, snapshots).
-  They are never hashed: two workers must find what one worker made.
+- `Runtime` parts say where and how patiently the work is done (workspace, cluster, snapshots), and
+  `Pace` fields what it may cost. They are never hashed: two workers must find what one worker made.
 
 Every model is frozen and closed. The text below a field is its documentation everywhere: in the
 JSON Schema that editors read, in Prefect's form, and in error messages.
@@ -22,6 +22,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 class _Place:
     """Marks a field that says where, not what."""
+
+
+class _Pace:
+    """Marks a field that says how fast, not what."""
 
 
 Locator = Annotated[str, _Place()]
@@ -40,8 +44,8 @@ class Config(BaseModel):
         kept: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
-            is_place = _is_locator(field.annotation, field.metadata)
-            if not is_place and not isinstance(value, Runtime):
+            is_marked = _is_marked(field.annotation, field.metadata, _Place, _Pace)
+            if not is_marked and not isinstance(value, Runtime):
                 kept[name] = _plain(value)
         return kept
 
@@ -126,6 +130,9 @@ class DatasetConfig(Config):
     heldout: HeldoutConfig = HeldoutConfig()
 
 
+KeepDequantized = Annotated[Literal["auto", "off"] | Annotated[int, Field(gt=0)], _Pace()]
+
+
 class QuantizationConfig(Config):
     """How the frozen base is stored (Dettmers et al. 2023, arXiv:2305.14314)."""
 
@@ -138,6 +145,10 @@ class QuantizationConfig(Config):
     it natively, float16 on an older GPU, float32 on a CPU."""
     skip: tuple[str, ...] = ("lm_head",)
     """Modules left in 16 bits."""
+    keep_dequantized: KeepDequantized = Field("auto", examples=["off", 2_000_000_000])
+    """Keep 4-bit weights dequantised while training: the same numbers, faster, for memory. `auto`:
+    as far as the memory plan leaves room; `off`: dequantise in every pass; a number: that many
+    bytes of them."""
 
 
 class AdapterConfig(Config):
@@ -196,9 +207,9 @@ class TrainingConfig(Config):
     """At most this many held-out rows for that measurement."""
     early_stopping: int | None = Field(None, gt=0)
     """Stop after this many held-out measurements without a new best, and keep the best adapter."""
-    checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Recompute activations in the backward pass: slower, far less memory. `auto`: on a GPU only
-    if the memory plan needs it; off on a CPU."""
+    checkpointing: Literal["auto", "on", "off", "offload"] = "auto"
+    """Recompute activations in the backward pass: slower, far less memory. `offload`: also keep
+    what is left of them in the host's memory (GPU). `auto`: what the memory plan needs."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """`adamw`: float32 moments; `adamw_8bit`: moments in 8 bits; `paged_adamw_8bit`: the same,
     paged out of a full GPU to the host."""
@@ -403,7 +414,7 @@ def _locators_below(
 ) -> Iterator[tuple[str, str]]:
     for name, field in model.model_fields.items():
         value, path = data.get(name), f"{prefix}{name}"
-        if isinstance(value, str) and _is_locator(field.annotation, field.metadata):
+        if isinstance(value, str) and _is_marked(field.annotation, field.metadata, _Place):
             yield path, value
         for part in config_types(field.annotation):
             items = value if isinstance(value, list | tuple) else [value]
@@ -439,8 +450,8 @@ def config_types(annotation: object) -> Iterator[type[Config]]:
         yield from config_types(part)
 
 
-def _is_locator(annotation: object, metadata: list[Any]) -> bool:
+def _is_marked(annotation: object, metadata: list[Any], *kinds: type) -> bool:
     marks = list(metadata)
     for part in getattr(annotation, "__args__", ()):
         marks += getattr(part, "__metadata__", ())
-    return any(isinstance(mark, _Place) for mark in marks)
+    return any(isinstance(mark, kinds) for mark in marks)

@@ -13,16 +13,12 @@ from typing import Literal
 
 from qlora_core.artifacts import Frozen, PreparedDataset
 from qlora_core.config import RunConfig
-from qlora_core.modeling.dense import BUDGET_BYTES
-from qlora_core.modeling.memory import (
-    MemoryEstimate,
-    Shape,
-    Workload,
-    estimate_full,
-    estimate_lora,
-    estimate_qlora,
-)
+from qlora_core.data.prepared import Rows
+from qlora_core.modeling.memory import MemoryEstimate, Workload, estimate_full, estimate_lora
+from qlora_core.modeling.shape import Shape
+from qlora_core.training.batching import Plan as Steps
 from qlora_core.training.batching import make_plan
+from qlora_core.training.room import USABLE, Demand, Room, find_room
 
 Role = Literal[
     "data",
@@ -38,8 +34,6 @@ State = Literal["cached", "to run", "unknown"]
 
 BYTES_PER_TOKEN = 4.0
 """Of English text in a vocabulary of 30 to 130 thousand words; other languages need fewer."""
-_USABLE = 0.9  # of a device: the rest goes to the runtime and to fragmentation
-
 _STAGES: dict[Role, tuple[str, tuple[Role, ...]]] = {
     "data": ("prepare dataset", ()),
     "base": ("quantize base", ()),
@@ -112,7 +106,7 @@ class Plan(Frozen):
 
     def fits(self, estimate: MemoryEstimate) -> bool:
         """Say whether the device has room for this, a tenth left for the runtime."""
-        return estimate.total * self.workers_on_device <= _USABLE * self.device.memory_bytes
+        return estimate.total * self.workers_on_device <= USABLE * self.device.memory_bytes
 
     def rows(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """Return (component, bytes in each column of `memory`), the total last."""
@@ -128,7 +122,9 @@ def plan_run(
     device: Device,
     is_cached: Callable[[Role], bool | None],
     prepared: PreparedDataset | None = None,
+    rows: Rows | None = None,
     raw: RawSize | None = None,
+    num_cores: int = 1,
 ) -> Plan:
     """Say what a recipe will do.
 
@@ -139,21 +135,23 @@ def plan_run(
         is_cached: Says of each stage whether the store has its result; None where its key cannot
             be known yet.
         prepared: Facts of the prepared dataset, if the store has it.
+        rows: The prepared training rows, if the store has them: the largest micro-batch is known
+            then, else it is taken to be as large as it may be.
         raw: Size of the dataset's file, if it is one.
+        num_cores: Of one worker.
     """
     training = training_size(config, prepared, raw)
-    workload = _workload(config, training, device, shape)
-    notes = _notes(config, training, workload)
+    room = _room(config, training, device, shape, rows, num_cores)
     return Plan(
         name=config.name,
         stages=plan_stages(config, is_cached),
         training=training,
         shape=shape,
         device=device,
-        workers_on_device=config.cluster.workers if device.kind == "cpu" else 1,
-        workload=workload,
-        memory=_estimates(config, shape, workload),
-        notes=notes,
+        workers_on_device=_sharing(config, device),
+        workload=room.workload,
+        memory=_estimates(config, shape, room),
+        notes=(*_notes(training), *room.notes(config.training)),
     )
 
 
@@ -201,13 +199,7 @@ def _sized(
 ) -> TrainingSize | None:
     if num_rows < 1:
         return None
-    steps = make_plan(
-        seed=config.seed,
-        num_rows=num_rows,
-        global_batch=config.training.global_batch,
-        epochs=config.training.epochs,
-        max_steps=config.training.max_steps,
-    )
+    steps = _steps(config, num_rows)
     passes = steps.num_stream_rows / num_rows
     return TrainingSize(
         num_rows=num_rows,
@@ -216,6 +208,16 @@ def _sized(
         longest_row=longest,
         supervised_share=supervised,
         is_exact=exact and passes.is_integer(),  # a part of an epoch may hold longer rows
+    )
+
+
+def _steps(config: RunConfig, num_rows: int) -> Steps:
+    return make_plan(
+        seed=config.seed,
+        num_rows=num_rows,
+        global_batch=config.training.global_batch,
+        epochs=config.training.epochs,
+        max_steps=config.training.max_steps,
     )
 
 
@@ -231,37 +233,48 @@ def _state(cached: bool | None) -> State:
     return "cached" if cached else "to run"
 
 
-def _workload(
-    config: RunConfig, training: TrainingSize | None, device: Device, shape: Shape
-) -> Workload:
-    """Return the largest micro-batch: all its rows as long as the longest."""
+def _room(
+    config: RunConfig,
+    training: TrainingSize | None,
+    device: Device,
+    shape: Shape,
+    rows: Rows | None,
+    num_cores: int,
+) -> Room:
+    """Return how the largest micro-batch will be computed; see `training.room`."""
     longest = training.longest_row if training else config.dataset.max_length
-    known = training.supervised_share if training else None
-    share = 1.0 if known is None else known  # memory for the most there may be
-    num_tokens = config.training.micro_batch * longest
-    wanted = config.training.checkpointing
-    plain = Workload(
-        num_tokens=num_tokens,
-        num_supervised=max(1, round(share * num_tokens)),
-        checkpointing=wanted == "on",
-        compute_dtype=device.compute_dtype,
-        dense_budget_bytes=BUDGET_BYTES if device.kind == "cpu" else 0,
+    draws = bool(config.adapter.dropout)
+    return find_room(
+        Demand(
+            shape=shape,
+            quantization=config.quantization,
+            adapter=config.adapter,
+            training=config.training,
+            device=device.kind,
+            compute_dtype=device.compute_dtype,
+            world_size=config.cluster.workers,
+            num_lanes=1 if draws or device.kind == "cuda" else num_cores,
+            rows=(rows, _steps(config, len(rows))) if rows is not None and len(rows) else None,
+            max_length=longest,
+            shares_prefix=device.kind == "cpu" and not draws,
+        ),
+        device.memory_bytes // _sharing(config, device),
     )
-    if wanted != "auto" or device.kind == "cpu":
-        return plain
-    total = _estimates(config, shape, plain)[0].total
-    return plain.model_copy(update={"checkpointing": total > _USABLE * device.memory_bytes})
 
 
-def _estimates(config: RunConfig, shape: Shape, workload: Workload) -> tuple[MemoryEstimate, ...]:
+def _sharing(config: RunConfig, device: Device) -> int:
+    return config.cluster.workers if device.kind == "cpu" else 1
+
+
+def _estimates(config: RunConfig, shape: Shape, room: Room) -> tuple[MemoryEstimate, ...]:
     return (
-        estimate_qlora(shape, config.quantization, config.adapter, config.training, workload),
-        estimate_lora(shape, config.adapter, config.training, workload),
-        estimate_full(shape, workload),
+        room.estimate,
+        estimate_lora(shape, config.adapter, config.training, room.workload),
+        estimate_full(shape, room.workload),
     )
 
 
-def _notes(config: RunConfig, training: TrainingSize | None, workload: Workload) -> tuple[str, ...]:
+def _notes(training: TrainingSize | None) -> list[str]:
     notes = ["Activations, logits and dense weights are approximate; all other memory is exact."]
     if training is None:
         notes.append("Nothing is known of the rows yet, so steps and tokens are left open.")
@@ -271,6 +284,4 @@ def _notes(config: RunConfig, training: TrainingSize | None, workload: Workload)
             "prepared, without those of the chat template; whole-epoch means where a part of an "
             "epoch is trained)."
         )
-    if config.training.checkpointing == "auto" and workload.checkpointing:
-        notes.append("Activations are recomputed in the backward pass, or they would not fit.")
-    return tuple(notes)
+    return notes

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 from qlora_core.artifacts import Facts, Frozen, Metric
-from qlora_core.config import AdapterConfig, TrainingConfig
+from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
 
 P = ParamSpec("P")
 F = TypeVar("F", bound=Facts)
@@ -57,6 +57,8 @@ class TrainJob(Frozen):
     scratch: Path
     """Where snapshots, the journal and at the end `summary.json` (an AdapterCheckpoint) live; it
     outlasts a killed attempt."""
+    quantization: QuantizationConfig
+    """How the base was quantised, and whether its weights may be kept dequantised."""
     adapter: AdapterConfig
     training: TrainingConfig
     seed: int

@@ -98,6 +98,7 @@ def train_adapter(ws: Workspace, base: Base, data: Data) -> Adapter:
         train.train_adapter,
         base,
         data,
+        ws.quantization,
         config.adapter,
         config.training,
         config.seed,

@@ -1,6 +1,13 @@
 import json
 
-from qlora_core.config import CustomScorer, DatasetConfig, EvaluationConfig, ModelConfig, RunConfig
+from qlora_core.config import (
+    CustomScorer,
+    DatasetConfig,
+    EvaluationConfig,
+    ModelConfig,
+    QuantizationConfig,
+    RunConfig,
+)
 
 CONFIG = RunConfig(
     name="x", model=ModelConfig(source="org/m"), dataset=DatasetConfig(source="rows.jsonl")
@@ -22,6 +29,13 @@ def test_runtime_parts_are_never_hashed():
 
     assert not {"workspace", "cluster", "snapshots"} & set(hashed)
     assert hashed["training"]["learning_rate"] == 2e-4
+
+
+def test_what_only_buys_speed_with_memory_is_not_hashed():
+    usual, off = QuantizationConfig(), QuantizationConfig(keep_dequantized="off")
+
+    assert usual.hashed() == off.hashed()
+    assert usual.hashed() != QuantizationConfig(double=False).hashed()
 
 
 def test_defaults_are_hashed_so_a_new_default_is_a_new_result():

@@ -3,7 +3,7 @@ from transformers import LlamaConfig
 
 from qlora_core.artifacts import PreparedDataset, SplitFacts
 from qlora_core.config import RunConfig
-from qlora_core.modeling.memory import shape_of
+from qlora_core.modeling.shape import shape_of
 from qlora_core.plan import Device, Plan, RawSize, plan_run, plan_stages, training_size
 
 CPU = Device(kind="cpu", name="2 cores", memory_bytes=24 * 10**9, compute_dtype="float32")
@@ -157,7 +157,7 @@ def test_memory_is_shown_by_component_against_lora_and_full_fine_tuning():
         parts = [values[column] for name, values in rows.items() if name != "total"]
         assert sum(parts) == rows["total"][column] == estimate.total
     qlora, lora, full = rows["total"]
-    assert qlora < lora < full
+    assert qlora - made.memory[0].dense < lora < full
 
 
 def test_an_8b_model_fits_an_80_gb_gpu_with_qlora_but_not_with_full_fine_tuning():
@@ -179,24 +179,57 @@ def test_workers_share_the_memory_of_a_cpu_but_have_a_gpu_each():
 
 
 @pytest.mark.parametrize(
-    ("device", "memory_gb", "choice", "expected"),
+    ("device", "memory_gb", "choice", "recompute", "num_tokens"),
     [
-        (H100, 80, "auto", False),
-        (H100, 16, "auto", True),
-        (H100, 80, "on", True),
-        (H100, 16, "off", False),
-        (CPU, 8, "auto", False),
+        (H100, 80, "auto", "nothing", 4096),
+        (H100, 18, "auto", "nothing", 2048),  # a pass of half the rows
+        (H100, 12, "auto", "layers", 4096),
+        (H100, 7.5, "auto", "layers, inputs offloaded", 1024),
+        (H100, 80, "on", "layers", 4096),
+        (H100, 80, "offload", "layers, inputs offloaded", 4096),
+        (H100, 10, "off", "nothing", 1024),
+        (CPU, 80, "auto", "nothing", 4096),
+        (CPU, 24, "auto", "nothing", 1024),
     ],
 )
-def test_auto_checkpointing_recomputes_only_on_a_gpu_that_is_too_small(
-    device, memory_gb, choice, expected
+def test_a_micro_batch_is_computed_in_the_first_way_that_fits(
+    device, memory_gb, choice, recompute, num_tokens
 ):
-    sized = device.model_copy(update={"memory_bytes": memory_gb * 10**9})
+    sized = device.model_copy(update={"memory_bytes": int(memory_gb * 10**9)})
 
     made = plan(recipe(training={"checkpointing": choice}), device=sized)
 
-    assert made.workload.checkpointing is expected
-    assert any("recomputed" in note for note in made.notes) is (expected and choice == "auto")
+    assert (made.workload.recompute, made.workload.num_tokens) == (recompute, num_tokens)
+    assert any("rows would not fit" in note for note in made.notes) is (num_tokens < 4096)
+    is_chosen = choice == "auto" and recompute != "nothing"
+    assert any("computes layers again" in note for note in made.notes) is is_chosen
+
+
+def test_a_model_that_cannot_fit_is_told_before_anything_runs():
+    tiny = H100.model_copy(update={"memory_bytes": 4 * 10**9})
+
+    made = plan(device=tiny)
+
+    assert any("Memory may be too little" in note for note in made.notes)
+    assert not made.fits(made.memory[0])
+
+
+@pytest.mark.parametrize(
+    ("device", "keep", "dense_gb"),
+    [
+        (H100, "auto", 13.96),  # all 7 billion, in 16 bits
+        (H100, "off", 0),
+        (H100, 3_000_000_000, 3),
+        (CPU, "auto", 2),
+        (CPU, 5_000_000_000, 5),
+    ],
+)
+def test_weights_are_kept_dequantised_as_the_recipe_says_and_memory_allows(device, keep, dense_gb):
+    sized = device.model_copy(update={"memory_bytes": 80 * 10**9})
+
+    made = plan(recipe(quantization={"keep_dequantized": keep}), device=sized)
+
+    assert made.memory[0].dense / 1e9 == pytest.approx(dense_gb, abs=0.01)
 
 
 def test_a_plan_is_plain_data():

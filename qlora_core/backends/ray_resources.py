@@ -37,14 +37,19 @@ def local_cpus(cluster: ClusterConfig) -> int:
     return own_cores() if is_told else max(own_cores(), min(cluster.workers, 2))
 
 
+def cores_of_worker(cluster: ClusterConfig) -> int:
+    """Return how many cores a worker has if all of them run on this machine."""
+    local = [{"CPU": float(local_cpus(cluster))}]
+    return share_out(cluster.model_copy(update={"gpus_per_worker": 0.0}), local)[0]
+
+
 def require_local_room(cluster: ClusterConfig) -> None:
     """Find at once that this machine is too small; GPUs are counted when Ray runs.
 
     Raises:
         ResourceError: It has not the cores.
     """
-    without_gpus = cluster.model_copy(update={"gpus_per_worker": 0.0})
-    share_out(without_gpus, [{"CPU": local_cpus(cluster)}])
+    cores_of_worker(cluster)
 
 
 def share_out(cluster: ClusterConfig, nodes: list[Node]) -> tuple[int, float]:

@@ -62,7 +62,10 @@ def _train(spec: RaySpec) -> None:
 
     torch.set_num_threads(spec.cpus_per_worker)
     device = get_device()
-    comm: Comm = TorchComm(device) if get_context().get_world_size() > 1 else Alone()
+    group = get_context()
+    comm: Comm = Alone()
+    if group.get_world_size() > 1:
+        comm = TorchComm(device, group.get_local_world_size())
     run_worker(spec.job, comm, spec.snapshots, spec.launch, device)
 
 

@@ -13,7 +13,7 @@ nothing above the diagonal is computed but inside the block:
                  dq += dS k    dk += dS' q    dv += P' g
 
 Rows get slices of one output and one gradient each, where autograd's slicing would fill and add a
-tensor of the whole length for every row. P is kept for rows up to `_KEPT_KEYS`, else computed again
+tensor of the whole length for every row. P is kept for rows up to `KEPT_KEYS`, else computed again
 in the backward pass, so memory grows with the tokens and not with their square.
 
 Dims: N packed tokens, S own tokens of a row, K keys it sees, H query heads, G key heads, R = H / G
@@ -30,8 +30,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-_BLOCK = 64
-_KEPT_KEYS = 512
+BLOCK = 64
+KEPT_KEYS = 512
 
 
 class Spans(Protocol):
@@ -68,19 +68,20 @@ class _Grouped(torch.autograd.Function):
             for rows, num_keys in _blocks(own, before, num_heads // num_groups):
                 shares = _shares(q_GCD[:, rows], k_GKD[:, :num_keys], before)
                 output_GCD[:, rows] = torch.bmm(shares, v_GKD[:, :num_keys])
-                kept.append(shares if k_GKD.shape[1] <= _KEPT_KEYS else None)
+                kept.append(shares if k_GKD.shape[1] <= KEPT_KEYS else None)
             output_HND[:, own] = _unstack(output_GCD, num_heads)
-        ctx.save_for_backward(q_HND, k_GND, v_GND)
-        ctx.layout, ctx.scaling, ctx.kept = layout, scaling, kept
+        # not as attributes of ctx, which recomputing layers would not let go
+        ctx.save_for_backward(q_HND, k_GND, v_GND, *kept)
+        ctx.layout, ctx.scaling = layout, scaling
         return output_HND.transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, g_NHD: Tensor) -> tuple[Tensor | None, ...]:
-        q_HND, k_GND, v_GND = ctx.saved_tensors
+        q_HND, k_GND, v_GND, *all_shares = ctx.saved_tensors
         num_heads, num_groups = len(q_HND), len(k_GND)
         dq_HND = _by_token(q_HND)
         dk_GND, dv_GND = _by_token(k_GND).zero_(), _by_token(v_GND).zero_()
-        kept = iter(ctx.kept)
+        kept = iter(all_shares)
         for own, before in ctx.layout.spans():
             q_GCD = _stack(q_HND[:, own], num_groups).mul_(ctx.scaling)
             g_GCD = _stack(g_NHD[own].transpose(0, 1), num_groups)
@@ -107,15 +108,15 @@ class _Grouped(torch.autograd.Function):
 def _blocks(own: slice, before: int, repeat: int) -> Iterator[tuple[slice, int]]:
     """Yield which stacked query rows make a block, and how many keys it sees at most."""
     num_own = own.stop - own.start
-    for start in range(0, num_own, _BLOCK):
-        end = min(num_own, start + _BLOCK)
+    for start in range(0, num_own, BLOCK):
+        end = min(num_own, start + BLOCK)
         yield slice(start * repeat, end * repeat), before + end
 
 
 def _shares(q_GCD: Tensor, k_GKD: Tensor, before: int) -> Tensor:
     """Return the (G, C R, K) attention weights of one block, whose own tokens are its last keys."""
     num_keys = k_GKD.shape[1]
-    num_own = (num_keys - before - 1) % _BLOCK + 1
+    num_own = (num_keys - before - 1) % BLOCK + 1
     repeat = q_GCD.shape[1] // num_own
     scores_GCK = torch.bmm(q_GCD, k_GKD.transpose(1, 2))
     scores_GCK[:, :, num_keys - num_own :] += _diagonal(repeat)[: num_own * repeat, :num_own]
@@ -125,7 +126,7 @@ def _shares(q_GCD: Tensor, k_GKD: Tensor, before: int) -> Tensor:
 @lru_cache
 def _diagonal(repeat: int) -> Tensor:
     """Return what hides the keys after a query inside a block: (C R, C) of 0 and -infinity."""
-    return torch.full((_BLOCK, _BLOCK), -math.inf).triu(1).repeat_interleave(repeat, 0)
+    return torch.full((BLOCK, BLOCK), -math.inf).triu(1).repeat_interleave(repeat, 0)
 
 
 def _seen(states_GND: Tensor, own: slice, before: int) -> Tensor:

@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 
 ComputeDtype = Literal["auto", "bfloat16", "float16", "float32"]
+DtypeName = Literal["bfloat16", "float16", "float32"]
 
-_BY_NAME = {
+_BY_NAME: dict[DtypeName, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
@@ -35,6 +36,12 @@ def resolve_compute_dtype(choice: ComputeDtype, device_type: str) -> torch.dtype
     return torch.float16
 
 
+def compute_dtype_name(choice: ComputeDtype, device_type: str) -> DtypeName:
+    """Return the name of what `resolve_compute_dtype` returns."""
+    dtype = resolve_compute_dtype(choice, device_type)
+    return next(name for name, known in _BY_NAME.items() if known == dtype)
+
+
 def present_device_type() -> str:
     """Return `cuda` where this process sees a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,6 +58,7 @@ def torch_dtype(name: str) -> torch.dtype:
     Raises:
         ValueError: It is none of bfloat16, float16 and float32.
     """
-    if name not in _BY_NAME:
-        raise ValueError(f"dtype {name!r} is none of {', '.join(_BY_NAME)}")
-    return _BY_NAME[name]
+    for known, dtype in _BY_NAME.items():
+        if known == name:
+            return dtype
+    raise ValueError(f"dtype {name!r} is none of {', '.join(_BY_NAME)}")

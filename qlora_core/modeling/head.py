@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK_BYTES = 50_000_000
+CHUNK_BYTES = 50_000_000
 
 
 def cross_entropy_sum(hidden_KH: Tensor, weight_VH: Tensor, labels_K: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(ctx: Any, hidden_KH: Tensor, weight_VH: Tensor, labels_K: Tensor) -> Tensor:
         dh_KH = torch.empty_like(hidden_KH) if ctx.needs_input_grad[0] else None
         loss = torch.zeros((), device=hidden_KH.device)
-        num_rows = max(1, _CHUNK_BYTES // (4 * len(weight_VH)))
+        num_rows = max(1, CHUNK_BYTES // (4 * len(weight_VH)))
         for start in range(0, len(hidden_KH), num_rows):
             chunk = slice(start, start + num_rows)
             labels_C1 = labels_K[chunk, None]

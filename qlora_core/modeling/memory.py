@@ -1,37 +1,39 @@
 """How many bytes training needs on a device, by component, known before any weight is loaded.
 
-A transformers config is enough: the model is built on the `meta` device, which costs no memory, and
-its layers are counted. So 8B and 70B plans work anywhere, and weights, constants, adapter,
-gradients and optimizer are exact. Activations and logits are a model of what autograd keeps, term
-by term as in Korthikanti et al., for a gated Transformer (Llama's kind) with memory-efficient
-attention; tests hold it against what autograd really keeps. Not counted: what the allocator wastes
-by fragmentation, and the 0.3 to 0.8 GB that CUDA or the Python libraries take themselves.
+A model's shape is enough (`modeling.shape`), so 8B and 70B plans work anywhere. Weights, constants,
+adapter, gradients and optimizer are exact; activations are a model of what autograd keeps
+(`modeling.activations`), and the rest is what our functions hold for a moment. The sum is the peak
+that a worker then measures, as it measures it: resident memory on a CPU, with what Python and its
+libraries take; allocated memory on a GPU, without what CUDA takes itself.
 
 What a 4-bit weight costs (Dettmers et al. 2023, arXiv:2305.14314, sec. 3): 4 bits, one absmax for
 each block of 64, in float32 (0.5 bits more) or, with double quantisation, in 8 bits with a float32
 for each 256 of them: 4 + 8/64 + 32/(64 * 256) = 4.127 bits, and 1 KB of tables per layer.
 
-Dims: H hidden, F intermediate, A attention width (heads * head size), C key/value width, R rank,
-n tokens of a micro-batch, k supervised ones among them, V vocabulary.
-Source: Korthikanti et al. 2022, arXiv:2205.05198, sec. 4.1; Rajbhandari et al. 2020,
-arXiv:1910.02054, sec. 3.1 (16 bytes per parameter of full fine-tuning); Dettmers et al. 2022,
-arXiv:2110.02861 (8-bit moments).
+Dims: H hidden, F intermediate, R rank, n tokens of a micro-batch, k supervised ones among them, V
+vocabulary.
+Source: Rajbhandari et al. 2020, arXiv:1910.02054, sec. 3.1 (16 bytes per parameter of full
+fine-tuning); Dettmers et al. 2022, arXiv:2110.02861 (8-bit moments).
 """
 
 import math
-from typing import Any, Literal
-
-import torch
-from transformers import AutoModelForCausalLM
+from collections.abc import Sequence
+from typing import Literal
 
 from qlora_core.artifacts import Frozen
 from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
-from qlora_core.modeling.dtypes import torch_dtype
-from qlora_core.modeling.loading import quiet
-from qlora_core.modeling.lora import linear_layers, target_endings
-from qlora_core.modeling.quantization import layers_to_quantize
+from qlora_core.modeling.activations import (
+    adapted_layer_bytes,
+    attention_bytes,
+    full_layer_bytes,
+    fused_layer_bytes,
+)
+from qlora_core.modeling.dtypes import DtypeName, torch_dtype
+from qlora_core.modeling.head import CHUNK_BYTES
+from qlora_core.modeling.shape import LinearGroup, Shape
 
 Strategy = Literal["qlora", "lora", "full"]
+Recompute = Literal["nothing", "layers", "layers, inputs offloaded"]
 
 FLOAT = 4
 _BLOCK, _NESTED_BLOCK = 64, 256
@@ -40,51 +42,26 @@ _OPTIMIZER_BLOCK, _SMALLEST_8BIT = 256, 4096
 _LOGIT_COPIES = 3  # float32: log-probabilities, their gradient, and one of the two on the way
 
 
-class LinearGroup(Frozen):
-    """Linear layers of one size that are treated alike; never the output head."""
-
-    num_out: int
-    num_in: int
-    count: int
-    is_quantized: bool
-    has_adapter: bool
-
-    @property
-    def num_weights(self) -> int:
-        """Weights of all layers of the group, without biases."""
-        return self.count * self.num_out * self.num_in
-
-
-class Shape(Frozen):
-    """A model's sizes, and which of its layers are quantised and adapted."""
-
-    architecture: str
-    num_parameters: int
-    """Tied ones once."""
-    num_layers: int
-    hidden: int
-    intermediate: int
-    attention_width: int
-    """Heads times head size."""
-    kv_width: int
-    """Key/value heads times head size."""
-    num_heads: int
-    vocabulary: int
-    tied: bool
-    linears: tuple[LinearGroup, ...]
-
-
 class Workload(Frozen):
-    """What one forward and backward pass sees."""
+    """What one forward and backward pass sees, and how it is computed."""
 
     num_tokens: int
     """Of the largest micro-batch, padding included."""
     num_supervised: int
     """Of these; logits are computed for them alone."""
-    checkpointing: bool
-    compute_dtype: Literal["float32", "bfloat16", "float16"]
+    num_pairs: int = 0
+    """Of query and key whose attention weights are kept, as in float32 on a CPU."""
+    recompute: Recompute = "nothing"
+    """What the backward pass computes again instead of keeping it."""
+    compute_dtype: DtypeName
+    num_lanes: int = 1
+    """Parts of a micro-batch that are computed at the same time."""
+    is_fused: bool = True
+    """By our own functions (`modeling.fusing`), where the adapter allows it."""
     dense_budget_bytes: int = 0
     """Room for dequantised weights that are kept while training (see `modeling.dense`)."""
+    runtime_bytes: int = 0
+    """What the process takes before it loads a model."""
 
     @property
     def compute_bytes(self) -> int:
@@ -112,9 +89,11 @@ class MemoryEstimate(Frozen):
     logits: int
     """Logits and loss at supervised positions (approximate)."""
     workspace: int
-    """The largest layer's weight, dequantised for its product, and its input gradients."""
+    """The largest layer's weight, dequantised for its product, and its gradients (approximate)."""
     dense: int = 0
-    """4-bit weights kept dequantised, on a CPU (as far as the memory free at the start allows)."""
+    """4-bit weights kept dequantised, as far as memory allows."""
+    runtime: int = 0
+    """Python and its libraries, on a CPU."""
     paged: int = 0
     """Part of `optimizer` that can leave the GPU for the host (paged optimizers)."""
 
@@ -127,49 +106,6 @@ class MemoryEstimate(Frozen):
         """Return (name, bytes) of each component, in the order of the fields."""
         skipped = {"strategy", "paged"}
         return tuple((n, getattr(self, n)) for n in type(self).model_fields if n not in skipped)
-
-
-def shape_of(config: Any, quantization: QuantizationConfig, adapter: AdapterConfig) -> Shape:
-    """Count a model's layers without loading or even allocating a weight.
-
-    Args:
-        config: A transformers configuration of a causal language model.
-        quantization: Says which layers are quantised.
-        adapter: Says which layers get an adapter.
-
-    Raises:
-        ConfigError: Targets or skipped modules match nothing.
-    """
-    with torch.device("meta"), quiet():
-        model = AutoModelForCausalLM.from_config(config)
-    text = config.get_text_config()
-    quantized, _ = layers_to_quantize(model, quantization)
-    endings = tuple(target_endings(model, adapter))
-    counts: dict[tuple[int, int, bool, bool], int] = {}
-    for name, layer in linear_layers(model).items():
-        num_out, num_in = _out_in(layer)
-        has_adapter = name in endings or name.endswith(tuple(f".{e}" for e in endings))
-        kind = (num_out, num_in, name in quantized, has_adapter)
-        counts[kind] = counts.get(kind, 0) + 1
-    num_heads = text.num_attention_heads
-    num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // num_heads
-    return Shape(
-        architecture=type(model).__name__,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        num_layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        attention_width=num_heads * head_size,
-        kv_width=num_kv_heads * head_size,
-        num_heads=num_heads,
-        vocabulary=text.vocab_size,
-        tied=bool(text.tie_word_embeddings),
-        linears=tuple(
-            LinearGroup(num_out=o, num_in=i, is_quantized=q, has_adapter=a, count=count)
-            for (o, i, q, a), count in counts.items()
-        ),
-    )
 
 
 def estimate_qlora(
@@ -207,9 +143,10 @@ def estimate_full(shape: Shape, work: Workload) -> MemoryEstimate:
         adapter=0,
         gradients=work.compute_bytes * num,
         optimizer=2 * FLOAT * num + master,
-        activations=_kept(shape, work, _full_layer_bytes(shape, work)),
+        activations=_kept(shape, work, full_layer_bytes(shape, work.compute_bytes)),
         logits=_logits_bytes(shape, work),
         workspace=_input_gradient_bytes(shape, work),
+        runtime=work.runtime_bytes,
     )
 
 
@@ -256,9 +193,11 @@ def _with_adapter(
     left = shape.num_parameters - sum(group.num_weights for group in quantized)
     sizes = _adapter_sizes(shape, adapter)
     moments = optimizer_bytes(sizes, training.optimizer)
-    is_4bit = quantization.method in ("nf4", "fp4")
-    unpacked = work.compute_bytes * sum(group.num_weights for group in quantized) * is_4bit
-    largest = max((g.num_out * g.num_in for g in quantized), default=0)
+    is_fused = work.is_fused and _can_be_fused(quantization, adapter)
+    dense = 0
+    if quantization.method in ("nf4", "fp4"):
+        unpacked = work.compute_bytes * sum(group.num_weights for group in quantized)
+        dense = min(unpacked, work.dense_budget_bytes)
     return MemoryEstimate(
         strategy=strategy,
         weights=sum(count * weight for count, weight, _ in stored),
@@ -267,12 +206,18 @@ def _with_adapter(
         adapter=FLOAT * sum(sizes),
         gradients=FLOAT * sum(sizes),
         optimizer=moments,
-        activations=_kept(shape, work, _adapted_layer_bytes(shape, adapter, work)),
-        logits=_logits_bytes(shape, work),
-        workspace=work.compute_bytes * largest + _input_gradient_bytes(shape, work),
-        dense=min(unpacked, work.dense_budget_bytes),
+        activations=_activation_bytes(shape, adapter, work, is_fused=is_fused),
+        logits=_chunk_bytes(shape, work) if is_fused else _logits_bytes(shape, work),
+        workspace=_weight_bytes(shape, work, quantized, dense)
+        + (_block_bytes if is_fused else _input_gradient_bytes)(shape, work),
+        dense=dense,
+        runtime=work.runtime_bytes,
         paged=moments if training.optimizer.startswith("paged") else 0,
     )
+
+
+def _can_be_fused(quantization: QuantizationConfig, adapter: AdapterConfig) -> bool:
+    return quantization.method != "int8" and not adapter.dropout and not adapter.dora
 
 
 def _adapter_sizes(shape: Shape, adapter: AdapterConfig) -> list[int]:
@@ -285,47 +230,26 @@ def _adapter_sizes(shape: Shape, adapter: AdapterConfig) -> list[int]:
     return sizes
 
 
-def _adapted_layer_bytes(shape: Shape, adapter: AdapterConfig, work: Workload) -> float:
-    """Return what autograd keeps of one layer and token, with a frozen base.
-
-    Frozen products keep nothing. Norms keep their input in float32 (2 H); attention its queries,
-    keys, values and output (2 A + 2 C) and a sum per head; the gated block gate, its activation and
-    up (3 F). Adapters keep their inputs in float32: in float32 those of q, k and v are one tensor,
-    and so are those of gate and up; in 16 bits each makes its own copy, as with dropout.
-    """
-    inputs = sum(g.count * g.num_in for g in shape.linears if g.has_adapter) / shape.num_layers
-    num_adapted = sum(g.count for g in shape.linears if g.has_adapter) / shape.num_layers
-    is_shared = work.compute_bytes == FLOAT and not adapter.dropout
-    copies = min(inputs, 2 * shape.hidden + shape.intermediate) if is_shared else inputs
-    mask = FLOAT if work.compute_bytes == FLOAT else 1  # a CPU keeps dropout's mask in float32
-    masks = mask * inputs if adapter.dropout else 0
-    return (
-        FLOAT * (2 * shape.hidden + copies + adapter.rank * num_adapted + shape.num_heads + 2)
-        + masks
-        + work.compute_bytes * (_attention(shape) + 3 * shape.intermediate)
-    )
-
-
-def _full_layer_bytes(shape: Shape, work: Workload) -> float:
-    """Return what autograd keeps of one layer and token when all weights are trained.
-
-    As with a frozen base, and: normalised states for the gradients of norms (2 H), inputs of
-    products (2 H and F; the output projection's input is attention's output).
-    """
-    in_float32 = FLOAT * (2 * shape.hidden + shape.num_heads + 2)
-    kept = 4 * shape.hidden + _attention(shape) + 4 * shape.intermediate
-    return in_float32 + work.compute_bytes * kept
-
-
-def _attention(shape: Shape) -> int:
-    return 2 * shape.attention_width + 2 * shape.kv_width
+def _activation_bytes(
+    shape: Shape, adapter: AdapterConfig, work: Workload, *, is_fused: bool
+) -> int:
+    if not is_fused:
+        return _kept(shape, work, adapted_layer_bytes(shape, adapter, work.compute_bytes))
+    weights = attention_bytes(shape, work.num_pairs)
+    if work.recompute != "nothing":
+        weights //= shape.num_layers
+    return weights + _kept(shape, work, fused_layer_bytes(shape, adapter, work.compute_bytes))
 
 
 def _kept(shape: Shape, work: Workload, layer_bytes: float) -> int:
-    """Return bytes for all layers: with checkpointing each keeps its input, and one is redone."""
-    if not work.checkpointing:
+    """Return bytes for all layers: with checkpointing each keeps its input, and one is redone.
+
+    Inputs that lie with the host come back one by one: two of them are on the device.
+    """
+    if work.recompute == "nothing":
         return round(work.num_tokens * shape.num_layers * layer_bytes)
-    inputs = shape.num_layers * shape.hidden * work.compute_bytes
+    num_inputs = shape.num_layers if work.recompute == "layers" else min(2, shape.num_layers)
+    inputs = num_inputs * shape.hidden * work.compute_bytes
     return round(work.num_tokens * (inputs + layer_bytes))
 
 
@@ -335,13 +259,35 @@ def _logits_bytes(shape: Shape, work: Workload) -> int:
     return work.num_supervised * shape.vocabulary * (stored + FLOAT * _LOGIT_COPIES)
 
 
+def _chunk_bytes(shape: Shape, work: Workload) -> int:
+    """Return bytes of `modeling.head`: a chunk of logits in each lane, hidden states, gradients.
+
+    In 16 bits a chunk exists in both widths, and its gradient in the narrower one.
+    """
+    widths = FLOAT if work.compute_bytes == FLOAT else FLOAT + 2 * work.compute_bytes
+    chunk = min(work.num_lanes * CHUNK_BYTES // FLOAT, work.num_supervised * shape.vocabulary)
+    states = 2 * work.num_supervised * shape.hidden * work.compute_bytes
+    return chunk * widths + states
+
+
+def _weight_bytes(
+    shape: Shape, work: Workload, quantized: Sequence[LinearGroup], dense: int
+) -> int:
+    """Return bytes of the largest weight that is dequantised in a pass: gate and up together."""
+    if not quantized or dense >= work.compute_bytes * sum(g.num_weights for g in quantized):
+        return 0
+    largest = max(g.num_out * g.num_in for g in quantized)
+    if work.is_fused:
+        largest = max(largest, 2 * shape.hidden * shape.intermediate)
+    return work.compute_bytes * largest
+
+
+def _block_bytes(shape: Shape, work: Workload) -> int:
+    """Return bytes alive at once in our gated block's backward pass: five of F, two of H."""
+    numbers = work.num_tokens * (5 * shape.intermediate + 2 * shape.hidden)
+    return numbers * work.compute_bytes
+
+
 def _input_gradient_bytes(shape: Shape, work: Workload) -> int:
     """Return bytes of the gradients alive at once in the gated block: two of F, two of H."""
     return 2 * work.num_tokens * (shape.intermediate + shape.hidden) * work.compute_bytes
-
-
-def _out_in(layer: Any) -> tuple[int, int]:
-    if hasattr(layer, "in_features"):
-        return layer.out_features, layer.in_features
-    num_in, num_out = layer.weight.shape  # GPT-2's linear layer, which stores (I, O)
-    return num_out, num_in

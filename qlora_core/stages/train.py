@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from qlora_core.artifacts import AdapterCheckpoint, Artifact, PreparedDataset, QuantizedBase
-from qlora_core.config import AdapterConfig, TrainingConfig
+from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
 from qlora_core.ports import Context, StepMetrics, TrainJob, stage
 from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.journal import CurvePoint
@@ -19,6 +19,7 @@ def train_adapter(
     ctx: Context,
     base: Artifact[QuantizedBase],
     data: Artifact[PreparedDataset],
+    quantization: QuantizationConfig,
     adapter: AdapterConfig,
     training: TrainingConfig,
     seed: int,
@@ -35,6 +36,7 @@ def train_adapter(
         data=data.path,
         out=ctx.out,
         scratch=ctx.scratch,
+        quantization=quantization,
         adapter=adapter,
         training=training,
         seed=seed,

@@ -62,6 +62,14 @@ class Plan:
         first = start - epochs[0] * self.num_rows
         return stream[first : first + end - start]
 
+    def all_rows(self) -> Indices:
+        """Return the (steps, G) rows of all steps, -1 where the last step has fewer."""
+        num_epochs = math.ceil(self.num_stream_rows / self.num_rows)
+        stream = np.full(self.num_steps * self.global_batch, -1, np.int64)
+        epochs = [_shuffled(self.seed, epoch, self.num_rows) for epoch in range(num_epochs)]
+        stream[: self.num_stream_rows] = np.concatenate(epochs)[: self.num_stream_rows]
+        return stream.reshape(self.num_steps, self.global_batch)
+
     def epoch(self, step: int) -> float:
         """Return how many passes over the rows are done after ``step``."""
         return min(step * self.global_batch, self.num_stream_rows) / self.num_rows
@@ -111,6 +119,32 @@ def deal(
                 shares[worker].append(chunk)
                 loads[worker] += padded_tokens(chunk, lengths)
     return shares
+
+
+def largest_chunk(plan: Plan, lengths: Indices, *, world_size: int, micro_batch: int) -> Indices:
+    """Return the rows of the micro-batch that holds most tokens, of all that `deal` will make.
+
+    It is the first chunk of a step: the longest rows, and as many of them as any chunk has.
+
+    Args:
+        plan: Says which rows a step has.
+        lengths: (N,) tokens of every row of the dataset.
+        world_size: Number of workers.
+        micro_batch: Rows of one forward pass, at most.
+    """
+    num_rounds = math.ceil(plan.global_batch / (world_size * micro_batch))
+    num_first = math.ceil(plan.global_batch / (num_rounds * world_size))
+    rows = plan.all_rows()
+    sizes = np.where(rows < 0, 0, lengths[rows])
+    longest = np.partition(sizes, -num_first, axis=1)[:, -num_first:].sum(1)
+    steps = {int(longest[:-1].argmax()) + 1 if len(longest) > 1 else 1, plan.num_steps}
+    chunks = (
+        chunk
+        for step in steps  # the last one may be smaller, and is cut otherwise
+        for share in deal(plan.rows(step), lengths, world_size=world_size, micro_batch=micro_batch)
+        for chunk in share
+    )
+    return max(chunks, key=lambda chunk: int(lengths[chunk].sum()))
 
 
 def padded_tokens(chunk: Indices, lengths: Indices) -> int:

@@ -25,6 +25,10 @@ class Comm(Protocol):
     def world_size(self) -> int:
         """Number of workers."""
 
+    @property
+    def local_size(self) -> int:
+        """Number of workers on this machine."""
+
     def all_reduce_sum(self, tensor: Tensor) -> None:
         """Replace ``tensor`` on every worker by the sum over all workers."""
 
@@ -37,6 +41,7 @@ class Alone:
 
     rank = 0
     world_size = 1
+    local_size = 1
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
         """Leave ``tensor`` as it is."""
@@ -51,14 +56,16 @@ class TorchComm:
 
     Args:
         device: Where the group's collectives work: this worker's GPU with nccl, else the CPU.
+        local_size: Number of workers on this machine.
 
     A collective that fails means that another worker is gone, so it raises `LaunchError`, which
     the launcher answers with a new group of workers.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, local_size: int) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        self.local_size = local_size
         self._device = device
 
     def all_reduce_sum(self, tensor: Tensor) -> None:

@@ -97,6 +97,8 @@ class Desk:
             tokens_per_s=position.num_tokens / seconds,
             supervised_tokens_per_s=position.num_supervised_tokens / seconds,
             peak_memory_bytes=max(step.memory_bytes for step in steps),
+            predicted_peak_bytes=self.run.room.estimate.total,
+            num_rows_per_pass=self.run.room.num_rows,
             num_workers=self.run.comm.world_size,
             num_attempts=len(starts),
             resumed_at=starts[1:],

@@ -17,10 +17,11 @@ draws its own masks, so there the curve depends on the number of workers.)
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,14 +30,18 @@ from torch import Tensor, nn
 from qlora_core.config import TrainingConfig
 from qlora_core.data.prepared import Rows
 from qlora_core.errors import TrainingError
+from qlora_core.modeling.offload import kept_on_host
 from qlora_core.ports import StepMetrics
 from qlora_core.training.batching import Indices, Plan, deal, heldout_rows
 from qlora_core.training.comm import Comm
 from qlora_core.training.lanes import Lanes
-from qlora_core.training.memory import peak_memory_bytes
+from qlora_core.training.memory import is_out_of_memory, peak_memory_bytes
 from qlora_core.training.objective import LossFunction
 from qlora_core.training.optimizer import FlatGradients, Parameters
+from qlora_core.training.room import Room
 from qlora_core.training.schedule import learning_rate
+
+R = TypeVar("R")
 
 
 @dataclass
@@ -71,6 +76,7 @@ class Run:
     device: torch.device
     seed: int
     loss: LossFunction
+    room: Room
     lanes: Lanes = Lanes()  # noqa: RUF009  # frozen
     gradients: FlatGradients = field(init=False)
 
@@ -117,7 +123,7 @@ def measure_heldout(run: Run) -> float:
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     run.model.eval()
     for chunk in _shares(run, rows, run.heldout)[run.comm.rank]:
-        for loss in run.lanes.map(partial(_heldout_loss, run), chunk, run.heldout):
+        for loss in _in_passes(run, partial(_heldout_loss, run), chunk, run.heldout):
             total += loss
     run.comm.all_reduce_sum(total)
     return float(total) / max(1, int(run.heldout.num_supervised[rows].sum()))
@@ -147,8 +153,8 @@ def _add_up_gradients(run: Run, step: int) -> int:
     run.model.train()
     with _seeded(run, step):
         for chunk in shares[run.comm.rank]:
-            for part in run.lanes.map(
-                partial(_differentiate, run, num_supervised), chunk, run.train
+            for part in _in_passes(
+                run, partial(_differentiate, run, num_supervised), chunk, run.train
             ):
                 run.gradients.add(part.gradients)
                 run.gradients.loss.add_(part.loss)
@@ -157,10 +163,33 @@ def _add_up_gradients(run: Run, step: int) -> int:
     return int(run.gradients.num_computed)
 
 
+def _in_passes(
+    run: Run, compute: Callable[[Indices], R], chunk: Indices, rows: Rows
+) -> Iterator[R]:
+    """Yield what ``compute`` returns for a micro-batch, in as many passes as memory asks for.
+
+    A pass that runs out of memory has yielded nothing yet: its rows are computed again, fewer at a
+    time.
+    """
+    waiting = np.array_split(chunk, run.room.num_passes(len(chunk)))
+    while waiting:
+        part, waiting = waiting[0], waiting[1:]
+        try:
+            done = list(run.lanes.map(compute, part, rows))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            run.loss.notes.append(run.room.shrink(len(part), str(error)))
+            waiting = np.array_split(part, 2) + waiting
+        else:
+            yield from done
+
+
 def _differentiate(run: Run, num_supervised: int, chunk: Indices) -> _Part:
     """Return what the rows of ``chunk`` add to the step."""
     batch = run.loss.batch(run.train, chunk, run.device)
-    loss = run.loss(batch) / num_supervised
+    with kept_on_host() if run.room.offloads else nullcontext():
+        loss = run.loss(batch) / num_supervised
     parameters = list(run.parameters.values())
     gradients: Sequence[Tensor | None] = [None] * len(parameters)
     if loss.requires_grad:  # something is supervised

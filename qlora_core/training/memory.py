@@ -1,18 +1,18 @@
-"""Memory that training used, and whether activations will fit.
+"""Memory that a worker has used, and what it may use.
 
 On a CPU the peak is the kernel's own high-water mark of resident memory (`VmHWM`), which counts
-from the start of this program; `ru_maxrss` also remembers the parent's from before it.
+from the start of this program; `ru_maxrss` also remembers the parent's from before it. What is free
+is what the machine says, or the container's limit (cgroup v2), which the machine does not know of.
 """
 
 import resource
 import sys
 from pathlib import Path
-from typing import Any
 
+import psutil
 import torch
 
-_BYTES_PER_ACTIVATION = 4
-_SHARE_OF_FREE_MEMORY = 0.7  # the rest: logits, the optimizer, fragmentation
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -28,31 +28,35 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def activations_fit(config: Any, num_tokens: int, device: torch.device) -> bool:
-    """Say whether a GPU has room for the activations of ``num_tokens`` without recomputing them.
+def memory_for_worker(device: torch.device, num_sharing: int) -> int:
+    """Return what this worker may use [bytes], what it uses already included.
 
     Args:
-        config: The model's transformers configuration.
-        num_tokens: Of the largest micro-batch, padding included.
-        device: The GPU, with the model already on it.
+        device: Its own GPU, or the CPU.
+        num_sharing: Workers on this machine, who share a CPU's memory.
     """
-    return spare_bytes(config, num_tokens, device) > 0
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device))
+    own = int(psutil.Process().memory_info().rss)
+    return own + free_bytes() // num_sharing
 
 
-def spare_bytes(config: Any, num_tokens: int, device: torch.device) -> int:
-    """Return what a GPU has left beside the activations of ``num_tokens``; negative if too little.
+def free_bytes(cgroup: Path = _CGROUP) -> int:
+    """Return what is free for new memory on this machine, or in this container if that is less."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = int((cgroup / "memory.max").read_text())  # "max": none
+        used = int((cgroup / "memory.current").read_text())
+        stated = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free
+    cached = int(stated.get("inactive_file", 0))  # given back when memory is short
+    return max(0, min(free, limit - used + cached))
 
-    Args:
-        config: The model's transformers configuration.
-        num_tokens: Of the largest micro-batch, padding included.
-        device: The GPU, with the model already on it.
 
-    Counted for each layer: the inputs of its products, norms and attention (about 10 hidden
-    states) and of its feed-forward block (about 4 intermediate ones).
-    """
-    text = config.get_text_config()
-    hidden = text.hidden_size
-    intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
-    per_token = (10 * hidden + 4 * intermediate) * text.num_hidden_layers * _BYTES_PER_ACTIVATION
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(_SHARE_OF_FREE_MEMORY * free - num_tokens * per_token)
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Say whether a computation failed for want of memory, which fewer rows may have enough of."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return "can't allocate memory" in str(error)  # what torch says on a CPU

@@ -14,18 +14,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from qlora_core.config import SnapshotConfig
 from qlora_core.data.prepared import Rows, read_split
 from qlora_core.errors import DataError, ModelError, ResourceError
-from qlora_core.modeling.dense import BUDGET_BYTES, dense_weights
+from qlora_core.modeling.dense import dense_weights
+from qlora_core.modeling.dtypes import compute_dtype_name
 from qlora_core.modeling.fusing import fused
-from qlora_core.modeling.loading import load_base
+from qlora_core.modeling.loading import load_base, quiet
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
+from qlora_core.modeling.memory import Recompute
 from qlora_core.modeling.packing import packed_attention
+from qlora_core.modeling.shape import Shape, shape_of_model
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training import snapshot
 from qlora_core.training.batching import Plan, make_plan
@@ -33,11 +36,10 @@ from qlora_core.training.comm import Comm
 from qlora_core.training.desk import job_fingerprint, open_desk
 from qlora_core.training.lanes import open_lanes
 from qlora_core.training.loop import Position, Run, train
-from qlora_core.training.memory import activations_fit, spare_bytes
+from qlora_core.training.memory import memory_for_worker
 from qlora_core.training.objective import LossFunction
 from qlora_core.training.optimizer import make_optimizer, restore
-
-_SPARE_SHARE = 4  # of the memory that is free, shared by a machine's workers, at most one in four
+from qlora_core.training.room import Demand, Room, find_room
 
 
 def ignore(_: StepMetrics) -> None:
@@ -101,8 +103,12 @@ def _prepare(job: TrainJob, comm: Comm, device: torch.device, notes: list[str]) 
             f"There are {len(train_rows)} training and {len(heldout)} held-out rows.",
             fix="Training needs at least one of each; change dataset.heldout or give more rows.",
         )
-    model = attach_adapter(load_base(job.base, device), job.adapter, job.seed)
-    _set_checkpointing(model, job, int(train_rows.lengths.max()), device, notes)
+    base = load_base(job.base, device)
+    shape = _shape(base, job)
+    model = attach_adapter(base, job.adapter, job.seed)
+    loss = _loss_function(model, train_rows, device, notes)
+    room = _find_room(job, shape, comm, train_rows, loss, device)
+    _set_checkpointing(model, job, room.recompute)
     parameters = trainable_parameters(model)
     return Run(
         model=model,
@@ -115,8 +121,16 @@ def _prepare(job: TrainJob, comm: Comm, device: torch.device, notes: list[str]) 
         comm=comm,
         device=device,
         seed=job.seed,
-        loss=_loss_function(model, train_rows, device, notes),
+        loss=loss,
+        room=room,
     )
+
+
+def _shape(base: PreTrainedModel, job: TrainJob) -> Shape:
+    """Return the shape as `qlora plan` counts it: of the model before it was quantised."""
+    with torch.device("meta"), quiet():
+        unquantized = type(base)(base.config)
+    return shape_of_model(unquantized, job.quantization, job.adapter)
 
 
 def _loss_function(
@@ -127,19 +141,34 @@ def _loss_function(
     return loss
 
 
-def _set_checkpointing(
-    model: PeftModel, job: TrainJob, longest: int, device: torch.device, notes: list[str]
-) -> None:
-    mode = job.training.checkpointing
-    if mode == "auto" and device.type == "cuda":
-        num_tokens = job.training.micro_batch * longest
-        mode = "off" if activations_fit(model.config, num_tokens, device) else "on"
-        if mode == "on":
-            notes.append(
-                f"training.checkpointing=auto recomputes activations: {num_tokens} tokens of a "
-                "micro-batch may not fit otherwise."
-            )
-    if mode != "on":
+def _find_room(
+    job: TrainJob, shape: Shape, comm: Comm, rows: Rows, loss: LossFunction, device: torch.device
+) -> Room:
+    """Decide how a micro-batch is computed here; say what is not as the recipe asks.
+
+    Raises:
+        ResourceError: Not even a single row can fit.
+    """
+    demand = Demand(
+        shape=shape,
+        quantization=job.quantization,
+        adapter=job.adapter,
+        training=job.training,
+        device="cuda" if device.type == "cuda" else "cpu",
+        compute_dtype=compute_dtype_name(job.quantization.compute_dtype, device.type),
+        world_size=comm.world_size,
+        num_lanes=_num_lanes(loss, job.training.micro_batch, device),
+        rows=(rows, plan_of(job, len(rows))),
+        is_packed=loss.packs,
+        shares_prefix=loss.packs and not loss.draws and device.type == "cpu",
+    )
+    room = find_room(demand, memory_for_worker(device, comm.local_size))
+    loss.notes += room.notes(job.training)
+    return room
+
+
+def _set_checkpointing(model: PeftModel, job: TrainJob, recompute: Recompute) -> None:
+    if recompute == "nothing":
         return
     if not model.supports_gradient_checkpointing:
         raise ModelError(
@@ -182,28 +211,22 @@ def _fast_paths(run: Run) -> Iterator[Run]:
     with ExitStack() as stack:
         if run.loss.packs:
             stack.enter_context(packed_attention(run.model))
-        taken = stack.enter_context(fused(run.model, _budget_bytes(run)))
+        budget_bytes = run.room.workload.dense_budget_bytes
+        taken = stack.enter_context(fused(run.model, budget_bytes))
         if taken.num_left:
             run.loss.notes.append(
                 f"{taken.num_left} adapted layers are computed by PEFT, as they have dropout or "
                 "DoRA, or compute in 8 bits: correct, but slower."
             )
         stack.enter_context(dense_weights(run.model, taken.spare_bytes, taken.base_layers))
-        if run.device.type == "cpu" and not run.loss.draws:
-            num_lanes = min(torch.get_num_threads(), run.config.micro_batch)
-            run = replace(run, lanes=stack.enter_context(open_lanes(num_lanes)))
-        yield run
+        num_lanes = _num_lanes(run.loss, run.config.micro_batch, run.device)
+        yield replace(run, lanes=stack.enter_context(open_lanes(num_lanes)))
 
 
-def _budget_bytes(run: Run) -> int:
-    """Return how many bytes of dequantised weights may be kept."""
-    if run.device.type == "cpu":
-        free = psutil.virtual_memory().available
-        return int(min(BUDGET_BYTES, free // (_SPARE_SHARE * run.comm.world_size)))
-    num_tokens = run.config.micro_batch * int(run.train.lengths.max())
-    is_recomputing = getattr(run.model, "is_activation_checkpointing", False)
-    spare = spare_bytes(run.model.config, 0 if is_recomputing else num_tokens, run.device)
-    return max(0, spare)
+def _num_lanes(loss: LossFunction, micro_batch: int, device: torch.device) -> int:
+    if device.type != "cpu" or loss.draws:
+        return 1
+    return min(torch.get_num_threads(), micro_batch)
 
 
 @contextmanager

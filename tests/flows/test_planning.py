@@ -13,7 +13,7 @@ from flows.planning import make_plan, show_plan
 from flows.quantities import count, size
 from qlora_core.config import RunConfig
 from qlora_core.errors import ModelError, UserError
-from qlora_core.modeling.memory import shape_of
+from qlora_core.modeling.shape import shape_of
 from qlora_core.plan import RawSize, plan_run
 from tests.test_plan import CPU, plan, prepared, recipe
 

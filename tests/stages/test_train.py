@@ -6,7 +6,7 @@ from peft import PeftModel
 from qlora_core.artifacts import Artifact, PreparedDataset, QuantizedBase, SplitFacts
 from qlora_core.backends.in_process import InProcessLauncher
 from qlora_core.backends.memory import MemoryRegistry, MemoryTracker, RecordingProgress
-from qlora_core.config import AdapterConfig, SnapshotConfig, TrainingConfig
+from qlora_core.config import AdapterConfig, QuantizationConfig, SnapshotConfig, TrainingConfig
 from qlora_core.fingerprint import file_digest, files_below
 from qlora_core.modeling.loading import load_base
 from qlora_core.ports import Services
@@ -67,7 +67,7 @@ def services() -> Services:
 
 def produce(folder, base, data, used: Services, **training):
     config = TrainingConfig(**(SMALL | training))
-    inputs = (base, data, AdapterConfig(rank=4), config, 1)
+    inputs = (base, data, QuantizationConfig(), AdapterConfig(rank=4), config, 1)
     return Store(folder).produce(train_adapter, used, *inputs).artifact
 
 
@@ -85,6 +85,8 @@ def test_the_adapter_is_sealed_with_its_curve_and_facts(base, data, tmp_path):
     assert facts.num_workers == facts.num_attempts == 1
     assert facts.seconds > 0
     assert facts.peak_memory_bytes > 1_000_000
+    assert facts.predicted_peak_bytes > 1_000_000
+    assert facts.num_rows_per_pass == SMALL["micro_batch"]
 
 
 def test_the_same_inputs_give_the_same_loss_curve_and_digest(base, data, tmp_path):

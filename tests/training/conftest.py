@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_core.config import AdapterConfig, TrainingConfig
+from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
 from qlora_core.data.prepared import IGNORED, TokenRow, write_split
 from qlora_core.ports import TrainJob
 
@@ -117,6 +117,7 @@ def make_job(nf4_base: Path, dataset: Path, tmp_path: Path):
             data=dataset,
             out=folder / "out",
             scratch=folder / "scratch",
+            quantization=QuantizationConfig(),
             adapter=AdapterConfig(rank=rank, dropout=dropout),
             training=TrainingConfig(**(SMALL | training)),
             seed=3,

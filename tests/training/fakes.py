@@ -20,6 +20,7 @@ class Meeting:
 class ThreadComm:
     def __init__(self, rank: int, meeting: Meeting) -> None:
         self.rank, self.world_size, self._meeting = rank, meeting.world_size, meeting
+        self.local_size = meeting.world_size
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> None:
         everything = self._exchange(tensor.detach().clone())

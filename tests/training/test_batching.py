@@ -3,7 +3,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_core.training.batching import deal, heldout_rows, make_plan, padded_tokens
+from qlora_core.training.batching import (
+    deal,
+    heldout_rows,
+    largest_chunk,
+    make_plan,
+    padded_tokens,
+)
 from qlora_core.training.lanes import share
 
 sizes = st.integers(1, 40)
@@ -101,6 +107,28 @@ def test_rows_of_like_length_share_a_chunk_so_little_is_padded():
     shares = deal(np.arange(8), lengths, world_size=1, micro_batch=4)
 
     assert sum(padded_tokens(chunk, lengths) for chunk in shares[0]) == lengths.sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_rows=sizes,
+    global_batch=sizes,
+    world_size=st.integers(1, 4),
+    micro_batch=st.integers(1, 8),
+    seed=st.integers(0, 9),
+)
+def test_no_micro_batch_of_the_whole_training_holds_more_tokens_than_the_largest_chunk(
+    num_rows, global_batch, world_size, micro_batch, seed
+):
+    lengths = np.random.default_rng(seed).integers(2, 50, num_rows)
+    plan = make_plan(seed=seed, num_rows=num_rows, global_batch=global_batch, epochs=2.5)
+    shared = {"world_size": world_size, "micro_batch": micro_batch}
+    steps = (plan.rows(step) for step in range(1, plan.num_steps + 1))
+    chunks = [c for rows in steps for dealt in deal(rows, lengths, **shared) for c in dealt]
+
+    largest = largest_chunk(plan, lengths, **shared)
+
+    assert lengths[largest].sum() == max(lengths[chunk].sum() for chunk in chunks)
 
 
 def test_workers_beyond_the_rows_get_nothing():

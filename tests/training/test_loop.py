@@ -4,18 +4,28 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from qlora_core.artifacts import AdapterCheckpoint
 from qlora_core.backends.in_process import InProcessLauncher
-from qlora_core.config import AdapterConfig, SnapshotConfig, TrainingConfig
+from qlora_core.config import (
+    AdapterConfig,
+    QuantizationConfig,
+    SnapshotConfig,
+    TrainingConfig,
+)
 from qlora_core.data.prepared import IGNORED, read_split
-from qlora_core.errors import TrainingError
+from qlora_core.errors import ResourceError, TrainingError
+from qlora_core.modeling import offload
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
 from qlora_core.ports import StepMetrics, TrainJob
+from qlora_core.training import worker
 from qlora_core.training.batching import make_plan
 from qlora_core.training.comm import Alone
+from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.loop import Position, Run, keep_best, train
 from qlora_core.training.objective import LossFunction
 from qlora_core.training.optimizer import make_optimizer
+from qlora_core.training.room import USABLE, Room, find_room
 from qlora_core.training.schedule import learning_rate
 from qlora_core.training.worker import run_worker
 from tests.training.conftest import SMALL
@@ -153,6 +163,96 @@ def test_recomputing_activations_gives_the_same_numbers(make_job):
     assert losses(recomputed) == pytest.approx(losses(kept), rel=1e-6)
 
 
+def test_inputs_kept_with_the_host_come_back_and_give_the_same_numbers(make_job, monkeypatch):
+    expected = curve(make_job("kept", checkpointing="off"))
+    back, from_host = [], offload.from_host
+    monkeypatch.setattr(offload, "SMALLEST", 1)  # rows are tiny here
+    monkeypatch.setattr(offload, "from_host", lambda kept: back.append(kept) or from_host(kept))
+
+    found = curve(make_job("offloaded", checkpointing="offload"))
+
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-6)
+    assert sum(isinstance(kept, offload.OnHost) for kept in back) > 12  # 6 steps, 2 layers
+
+
+def out_of_memory_above(monkeypatch, num_rows: int) -> list[int]:
+    """Let passes of more rows fail as on a GPU; return the rows of those that do not."""
+    real, done = LossFunction.batch, []
+
+    def batch(self, rows, chunk, device):
+        if len(chunk) > num_rows:
+            raise torch.OutOfMemoryError(f"{len(chunk)} rows are too many")
+        done.append(len(chunk))
+        return real(self, rows, chunk, device)
+
+    monkeypatch.setattr(LossFunction, "batch", batch)
+    return done
+
+
+def facts_of(job: TrainJob) -> AdapterCheckpoint:
+    return AdapterCheckpoint.model_validate_json((job.scratch / SUMMARY_FILE).read_text())
+
+
+def test_a_pass_that_runs_out_of_memory_is_halved_and_the_curve_stays(make_job, monkeypatch):
+    expected = curve(make_job("roomy", micro_batch=8))
+    done = out_of_memory_above(monkeypatch, 3)
+    job = make_job("tight", micro_batch=8)
+
+    found = curve(job)
+
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
+    assert heldout(found) == pytest.approx(heldout(expected), rel=1e-5)
+    assert max(done) == facts_of(job).num_rows_per_pass == 2  # after 8 and 4, tried once each
+    assert sum("ran out of memory" in note for note in facts_of(job).notes) == 2
+
+
+def test_a_single_row_that_does_not_fit_ends_training_with_a_way_out(make_job, monkeypatch):
+    out_of_memory_above(monkeypatch, 0)
+
+    with pytest.raises(ResourceError) as caught:
+        curve(make_job())
+
+    assert "single row" in caught.value.what
+    assert "training.checkpointing=on" in caught.value.fix
+
+
+def test_other_failures_are_not_taken_for_want_of_memory(make_job, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(LossFunction, "batch", fail)
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        curve(make_job())
+
+
+def test_a_micro_batch_that_would_not_fit_is_divided_before_training(make_job, monkeypatch):
+    expected = curve(make_job("roomy", micro_batch=8))
+
+    def too_small_for_8(demand, _):
+        needs = (demand.estimate(demand.workload(rows, "nothing")).total for rows in (4, 8))
+        return find_room(demand, int(sum(needs) / 2 / USABLE))
+
+    monkeypatch.setattr(worker, "find_room", too_small_for_8)
+    job = make_job("tight", micro_batch=8)
+
+    found = curve(job)
+
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
+    assert facts_of(job).num_rows_per_pass == 4
+    assert "would not fit" in facts_of(job).notes[0]
+
+
+@pytest.mark.parametrize("keep", ["off", 10_000])
+def test_weights_kept_dequantised_or_not_change_no_bit(keep, make_job):
+    expected, job = curve(make_job("auto")), make_job("other")
+    quantization = QuantizationConfig(keep_dequantized=keep)
+
+    found = curve(job.model_copy(update={"quantization": quantization}))
+
+    assert losses(found) == losses(expected)
+
+
 def test_a_loss_that_is_not_finite_stops_with_step_rate_and_remedy(broken_base, make_job):
     job = make_job().model_copy(update={"base": broken_base})
 
@@ -189,6 +289,7 @@ def make_run(base, dataset, **training) -> Run:
         device=CPU,
         seed=0,
         loss=LossFunction(model),
+        room=Room(config.micro_batch, "nothing", workload=None, estimate=None, fits=True),
     )
 
 

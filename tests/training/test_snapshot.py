@@ -139,7 +139,7 @@ FILES = [
 @pytest.fixture(scope="module")
 def two_snapshots(tmp_path_factory, nf4_base, dataset):
     """A job killed after step 5, with snapshots of steps 2 and 4."""
-    from qlora_core.config import AdapterConfig, TrainingConfig
+    from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
     from tests.training.conftest import SMALL
 
     folder = tmp_path_factory.mktemp("killed")
@@ -148,6 +148,7 @@ def two_snapshots(tmp_path_factory, nf4_base, dataset):
         data=dataset,
         out=folder / "out",
         scratch=folder / "scratch",
+        quantization=QuantizationConfig(),
         adapter=AdapterConfig(rank=4),
         training=TrainingConfig(**SMALL),
         seed=3,

@@ -12,7 +12,12 @@ import torch
 from benchmarks.training.gauge import Count, Gauge
 from benchmarks.training.systems.order import take_order
 from benchmarks.training.workload import Row, Workload
-from qlora_core.config import AdapterConfig, SnapshotConfig, TrainingConfig
+from qlora_core.config import (
+    AdapterConfig,
+    QuantizationConfig,
+    SnapshotConfig,
+    TrainingConfig,
+)
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.attempt import next_launch
 from qlora_core.training.comm import Alone
@@ -55,6 +60,7 @@ def _job(workload: Workload, num_steps: int, folder: Path) -> TrainJob:
         data=workload.folder / "data",
         out=folder / "out",
         scratch=folder / "scratch",
+        quantization=QuantizationConfig(),
         adapter=AdapterConfig(rank=settings.rank, alpha=settings.alpha),
         training=TrainingConfig(
             max_steps=num_steps,

@@ -1,0 +1,108 @@
+"""A model's sizes, counted without loading or even allocating a weight.
+
+A transformers config is enough: the model is built on the `meta` device, which costs no memory, and
+its layers are counted. So plans for 8B, 70B or 405B are made on a laptop.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from qlora_core.artifacts import Frozen
+from qlora_core.config import AdapterConfig, QuantizationConfig
+from qlora_core.modeling.loading import quiet
+from qlora_core.modeling.lora import linear_layers, target_endings
+from qlora_core.modeling.quantization import layers_to_quantize
+
+
+class LinearGroup(Frozen):
+    """Linear layers of one size that are treated alike; never the output head."""
+
+    num_out: int
+    num_in: int
+    count: int
+    is_quantized: bool
+    has_adapter: bool
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of all layers of the group, without biases."""
+        return self.count * self.num_out * self.num_in
+
+
+class Shape(Frozen):
+    """A model's sizes, and which of its layers are quantised and adapted."""
+
+    architecture: str
+    num_parameters: int
+    """Tied ones once."""
+    num_layers: int
+    hidden: int
+    intermediate: int
+    attention_width: int
+    """Heads times head size."""
+    kv_width: int
+    """Key/value heads times head size."""
+    num_heads: int
+    vocabulary: int
+    tied: bool
+    linears: tuple[LinearGroup, ...]
+
+
+def shape_of(config: Any, quantization: QuantizationConfig, adapter: AdapterConfig) -> Shape:
+    """Count a model's layers without loading or even allocating a weight.
+
+    Args:
+        config: A transformers configuration of a causal language model.
+        quantization: Says which layers are quantised.
+        adapter: Says which layers get an adapter.
+
+    Raises:
+        ConfigError: Targets or skipped modules match nothing.
+    """
+    with torch.device("meta"), quiet():
+        model = AutoModelForCausalLM.from_config(config)
+    return shape_of_model(model, quantization, adapter)
+
+
+def shape_of_model(
+    model: PreTrainedModel, quantization: QuantizationConfig, adapter: AdapterConfig
+) -> Shape:
+    """Count the layers of a model that is neither quantised nor adapted yet, as `shape_of` does."""
+    config: Any = model.config
+    text = config.get_text_config()
+    quantized, _ = layers_to_quantize(model, quantization)
+    endings = tuple(target_endings(model, adapter))
+    counts: dict[tuple[int, int, bool, bool], int] = {}
+    for name, layer in linear_layers(model).items():
+        num_out, num_in = _out_in(layer)
+        has_adapter = name in endings or name.endswith(tuple(f".{e}" for e in endings))
+        kind = (num_out, num_in, name in quantized, has_adapter)
+        counts[kind] = counts.get(kind, 0) + 1
+    num_heads = text.num_attention_heads
+    num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    return Shape(
+        architecture=type(model).__name__,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        attention_width=num_heads * head_size,
+        kv_width=num_kv_heads * head_size,
+        num_heads=num_heads,
+        vocabulary=text.vocab_size,
+        tied=bool(text.tie_word_embeddings),
+        linears=tuple(
+            LinearGroup(num_out=o, num_in=i, is_quantized=q, has_adapter=a, count=count)
+            for (o, i, q, a), count in counts.items()
+        ),
+    )
+
+
+def _out_in(layer: Any) -> tuple[int, int]:
+    if hasattr(layer, "in_features"):
+        return layer.out_features, layer.in_features
+    num_in, num_out = layer.weight.shape  # GPT-2's linear layer, which stores (I, O)
+    return num_out, num_in

@@ -1,0 +1,232 @@
+"""What fits: rows of a pass, what to recompute, what to keep dequantised. Decided, then corrected.
+
+Before training, `find_room` predicts the peak of the largest micro-batch there will be, and takes
+the first way that fits into the memory there is:
+
+    keep everything | fewer rows in a pass | recompute layers | their inputs to a GPU's host, too
+
+A GPU gets no fewer than 2,048 tokens in a pass for the sake of keeping everything: below that it
+idles for longer than recomputing takes. What the recipe fixes is not changed. What is left over
+keeps weights dequantised. Should a pass run out of memory all the same, `Room.shrink` halves it on
+the way. Neither changes the result: a step has the same rows, and its gradients are the same sums,
+in another order.
+
+`qlora plan` and the worker call the same function, so what a plan says is what a worker does.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
+from qlora_core.data.prepared import Rows
+from qlora_core.errors import ResourceError
+from qlora_core.modeling.activations import num_pairs_of
+from qlora_core.modeling.attention import KEPT_KEYS
+from qlora_core.modeling.dense import BUDGET_BYTES
+from qlora_core.modeling.dtypes import DtypeName
+from qlora_core.modeling.memory import MemoryEstimate, Recompute, Workload, estimate_qlora
+from qlora_core.modeling.shape import Shape
+from qlora_core.training.batching import Plan, largest_chunk
+from qlora_core.training.collation import common_prefix
+
+RUNTIME_BYTES = 800_000_000
+"""Resident memory of a worker on a CPU without a model: Python, torch, transformers, Ray."""
+USABLE = 0.9
+"""Of a device: the rest goes to fragmentation, and to others."""
+
+_WORTH_RECOMPUTING = 2048  # tokens
+_SMALLER = (
+    "Try training.checkpointing=on (or offload, on a GPU), a lower dataset.max_length, a lower "
+    "adapter.rank, or quantization.keep_dequantized=off."
+)
+_FIXED: dict[str, Recompute] = {
+    "off": "nothing",
+    "on": "layers",
+    "offload": "layers, inputs offloaded",
+}
+
+
+@dataclass(frozen=True)
+class Demand:
+    """All that the peak of a training depends on.
+
+    Args:
+        shape: The model's.
+        quantization: How its base is stored.
+        adapter: What is trained.
+        training: Batch sizes, optimizer, and what the recipe says of checkpointing.
+        device: What it is trained on.
+        compute_dtype: Of products.
+        world_size: Workers, wherever they are.
+        num_lanes: Threads that share a micro-batch.
+        rows: The training rows and their plan; none: all rows are as long as `max_length`.
+        max_length: Tokens of the longest row, where rows are not known.
+        is_packed: Rows lie end to end.
+        shares_prefix: What all rows of a lane begin with is computed once.
+        is_fused: By our own functions.
+    """
+
+    shape: Shape
+    quantization: QuantizationConfig
+    adapter: AdapterConfig
+    training: TrainingConfig
+    device: Literal["cpu", "cuda"]
+    compute_dtype: DtypeName
+    world_size: int = 1
+    num_lanes: int = 1
+    rows: tuple[Rows, Plan] | None = None
+    max_length: int = 0
+    is_packed: bool = True
+    shares_prefix: bool = False
+    is_fused: bool = True
+
+    def workload(self, num_rows: int, recompute: Recompute) -> Workload:
+        """Return the largest pass of at most ``num_rows`` rows."""
+        chunk, kept = self._largest(num_rows), self.quantization.keep_dequantized
+        keeps_pairs = self.device == "cpu" and self.compute_dtype == "float32" and self.is_packed
+        pairs = [num_pairs_of(length) for length in chunk.lengths if length <= KEPT_KEYS]
+        return Workload(
+            num_tokens=chunk.num_tokens,
+            num_supervised=chunk.num_supervised,
+            num_pairs=sum(pairs) if keeps_pairs else 0,
+            recompute=recompute,
+            compute_dtype=self.compute_dtype,
+            num_lanes=min(self.num_lanes, len(chunk.lengths)),
+            is_fused=self.is_fused,
+            dense_budget_bytes=kept if isinstance(kept, int) else 0,
+            runtime_bytes=RUNTIME_BYTES if self.device == "cpu" else 0,
+        )
+
+    def estimate(self, work: Workload) -> MemoryEstimate:
+        """Return what such a pass needs."""
+        return estimate_qlora(self.shape, self.quantization, self.adapter, self.training, work)
+
+    def _largest(self, num_rows: int) -> "_Chunk":
+        if self.rows is None:
+            num_tokens = num_rows * self.max_length
+            return _Chunk((self.max_length,) * num_rows, num_tokens, max(1, num_tokens))
+        rows, plan = self.rows
+        chunk = largest_chunk(
+            plan, rows.lengths, world_size=self.world_size, micro_batch=self.training.micro_batch
+        )[:num_rows]
+        lengths = tuple(int(length) for length in rows.lengths[chunk])
+        num_tokens = sum(lengths) if self.is_packed else len(lengths) * max(lengths)
+        if self.is_packed and self.shares_prefix:
+            num_saved = len(lengths) - min(self.num_lanes, len(lengths))
+            num_tokens -= num_saved * common_prefix(rows, chunk)
+        return _Chunk(lengths, num_tokens, max(1, int(rows.num_supervised[chunk].sum())))
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    lengths: tuple[int, ...]
+    num_tokens: int
+    num_supervised: int
+
+
+@dataclass
+class Room:
+    """How a worker computes a micro-batch; it only ever shrinks."""
+
+    num_rows: int
+    """Of a pass, at most."""
+    recompute: Recompute
+    workload: Workload
+    estimate: MemoryEstimate
+    fits: bool
+    """As far as can be told; if not, nothing smaller is left."""
+
+    @property
+    def offloads(self) -> bool:
+        """Whether layers' inputs go to the host."""
+        return self.recompute == "layers, inputs offloaded"
+
+    def num_passes(self, num_rows: int) -> int:
+        """Return into how many passes so many rows are cut."""
+        return math.ceil(num_rows / self.num_rows)
+
+    def notes(self, training: TrainingConfig) -> list[str]:
+        """Return what is not as the recipe asks, or may go wrong."""
+        found = []
+        if self.num_rows < training.micro_batch:
+            found.append(
+                f"A pass of training.micro_batch={training.micro_batch} rows would not fit; passes "
+                f"have at most {self.num_rows}. The rows of a step stay the same, and so does the "
+                "result."
+            )
+        if self.recompute != "nothing" and training.checkpointing == "auto":
+            found.append(
+                "training.checkpointing=auto: the backward pass computes layers again "
+                + ("and fetches their inputs from the host, " if self.offloads else "")
+                + "as the activations would not fit otherwise."
+            )
+        if not self.fits:
+            found.append(
+                f"Memory may be too little: about {self.estimate.total / 1e9:.2f} GB are needed "
+                f"for the smallest pass there is. {_SMALLER}"
+            )
+        return found
+
+    def shrink(self, num_rows: int, why: str) -> str:
+        """Halve a pass of ``num_rows`` that ran out of memory; return what to tell.
+
+        Raises:
+            ResourceError: It was a single row.
+        """
+        if num_rows == 1:
+            raise ResourceError(
+                "The device ran out of memory on a single row.",
+                why=why,
+                fix=_SMALLER,
+            )
+        self.num_rows = min(self.num_rows, math.ceil(num_rows / 2))
+        return (
+            f"A pass of {num_rows} rows ran out of memory; from there on passes have at most "
+            f"{self.num_rows} rows. The rows of a step stay the same, and so does the result."
+        )
+
+
+def find_room(demand: Demand, memory_bytes: int) -> Room:
+    """Return the first way to compute a micro-batch that fits, else the smallest.
+
+    Args:
+        demand: What is to be computed.
+        memory_bytes: That one worker may use, what it uses already included.
+    """
+    usable = int(USABLE * memory_bytes)
+    for num_rows, recompute in _ways(demand):
+        work = demand.workload(num_rows, recompute)
+        need = demand.estimate(work).total
+        if need <= usable:
+            break
+    if demand.quantization.keep_dequantized == "auto":
+        work = work.model_copy(update={"dense_budget_bytes": _spare(demand, usable - need)})
+    return Room(num_rows, recompute, work, demand.estimate(work), fits=need <= usable)
+
+
+def _ways(demand: Demand) -> Iterator[tuple[int, Recompute]]:
+    most, wanted = demand.training.micro_batch, demand.training.checkpointing
+    if wanted != "auto":
+        yield from ((num_rows, _FIXED[wanted]) for num_rows in _halves(most))
+        return
+    for num_rows in _halves(most):
+        is_small = demand.workload(num_rows, "nothing").num_tokens < _WORTH_RECOMPUTING
+        if demand.device == "cpu" or num_rows == most or not is_small:
+            yield num_rows, "nothing"
+    yield from ((num_rows, "layers") for num_rows in _halves(most))
+    if demand.device == "cuda":
+        yield 1, "layers, inputs offloaded"
+
+
+def _halves(most: int) -> Iterator[int]:
+    while most > 1:
+        yield most
+        most = math.ceil(most / 2)
+    yield 1
+
+
+def _spare(demand: Demand, spare: int) -> int:
+    """Return how much of what is left may keep weights: a CPU's memory has other users."""
+    return max(0, min(BUDGET_BYTES, spare // 2) if demand.device == "cpu" else spare)
