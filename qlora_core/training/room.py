@@ -31,7 +31,7 @@ from qlora_core.modeling.shape import Shape
 from qlora_core.training.batching import Plan, largest_chunk
 from qlora_core.training.collation import common_prefix
 
-RUNTIME_BYTES = 800_000_000
+RUNTIME_BYTES = 950_000_000
 """Resident memory of a worker on a CPU without a model: Python, torch, transformers, Ray."""
 USABLE = 0.9
 """Of a device: the rest goes to fragmentation, and to others."""
