@@ -17,15 +17,19 @@ from pathlib import Path
 import psutil
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from qlora_core.config import SnapshotConfig
 from qlora_core.data.prepared import Rows, read_split
 from qlora_core.errors import DataError, ModelError, ResourceError
 from qlora_core.modeling.dense import BUDGET_BYTES, dense_weights
 from qlora_core.modeling.fusing import fused
+from qlora_core.modeling.kernels import find_kernels, sizes_of
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
 from qlora_core.modeling.packing import packed_attention
+from qlora_core.modeling.products import fits
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training import snapshot
 from qlora_core.training.batching import Plan, make_plan
@@ -74,7 +78,7 @@ def run_worker(
     if comm.rank == 0:
         desk = open_desk(run, job, snapshots, launch, position.step, steps, notes)
         desk.tell(on_step)
-    with _memory_errors(job), _fast_paths(run) as fast:
+    with _memory_errors(job), fast_paths(run) as fast:
         for metrics in train(fast, position):
             if comm.rank == 0:
                 desk.record(metrics, position)
@@ -102,6 +106,28 @@ def _prepare(job: TrainJob, comm: Comm, device: torch.device, notes: list[str]) 
             fix="Training needs at least one of each; change dataset.heldout or give more rows.",
         )
     model = attach_adapter(load_base(job.base, device), job.adapter, job.seed)
+    return assemble(job, model, (train_rows, heldout), comm, device, notes)
+
+
+def assemble(
+    job: TrainJob,
+    model: PeftModel,
+    rows: tuple[Rows, Rows],
+    comm: Comm,
+    device: torch.device,
+    notes: list[str],
+) -> Run:
+    """Return what `train` takes, the ways that work for this model and device found by trying.
+
+    Args:
+        job: What to train; its files are not read.
+        model: On ``device``, with a new adapter.
+        rows: To train on, and held out.
+        comm: The line to the other workers.
+        device: Where this worker's model lives.
+        notes: Where it is said what had to be done the slow way.
+    """
+    train_rows, heldout = rows
     _set_checkpointing(model, job, int(train_rows.lengths.max()), device, notes)
     parameters = trainable_parameters(model)
     return Run(
@@ -122,7 +148,10 @@ def _prepare(job: TrainJob, comm: Comm, device: torch.device, notes: list[str]) 
 def _loss_function(
     model: PeftModel, rows: Rows, device: torch.device, notes: list[str]
 ) -> LossFunction:
-    loss = LossFunction(model, notes)
+    dtype = model.get_input_embeddings().weight.dtype
+    kernels = find_kernels(device, dtype, sizes_of(model.config))
+    notes += kernels.notes
+    loss = LossFunction(model, notes, kernels)
     loss.try_out(rows, device)
     return loss
 
@@ -133,7 +162,8 @@ def _set_checkpointing(
     mode = job.training.checkpointing
     if mode == "auto" and device.type == "cuda":
         num_tokens = job.training.micro_batch * longest
-        mode = "off" if activations_fit(model.config, num_tokens, device) else "on"
+        has_room = activations_fit(model.config, num_tokens, device, is_fused=_is_fused(model))
+        mode = "off" if has_room else "on"
         if mode == "on":
             notes.append(
                 f"training.checkpointing=auto recomputes activations: {num_tokens} tokens of a "
@@ -177,12 +207,18 @@ def _start_like_rank_0(run: Run) -> None:
 
 
 @contextmanager
-def _fast_paths(run: Run) -> Iterator[Run]:
-    """Pack, fuse, and dequantise once, where there is memory to spare."""
+def fast_paths(run: Run, budget_bytes: int | None = None) -> Iterator[Run]:
+    """Pack, fuse, and dequantise once, where there is memory to spare; yield the run to train.
+
+    Args:
+        run: From `assemble`.
+        budget_bytes: For dequantised weights; none: what the device has to spare.
+    """
+    budget_bytes = _budget_bytes(run) if budget_bytes is None else budget_bytes
     with ExitStack() as stack:
         if run.loss.packs:
             stack.enter_context(packed_attention(run.model))
-        taken = stack.enter_context(fused(run.model, _budget_bytes(run)))
+        taken = stack.enter_context(fused(run.model, budget_bytes, run.loss.kernels))
         if taken.num_left:
             run.loss.notes.append(
                 f"{taken.num_left} adapted layers are computed by PEFT, as they have dropout or "
@@ -202,8 +238,14 @@ def _budget_bytes(run: Run) -> int:
         return int(min(BUDGET_BYTES, free // (_SPARE_SHARE * run.comm.world_size)))
     num_tokens = run.config.micro_batch * int(run.train.lengths.max())
     is_recomputing = getattr(run.model, "is_activation_checkpointing", False)
-    spare = spare_bytes(run.model.config, 0 if is_recomputing else num_tokens, run.device)
-    return max(0, spare)
+    num_kept = 0 if is_recomputing else num_tokens
+    is_fused = _is_fused(run.model)
+    return max(0, spare_bytes(run.model.config, num_kept, run.device, is_fused=is_fused))
+
+
+def _is_fused(model: nn.Module) -> bool:
+    """Say whether every adapted layer is one that `fused` takes over."""
+    return all(fits(module) for module in model.modules() if isinstance(module, LoraLayer))
 
 
 @contextmanager
