@@ -288,6 +288,7 @@ def _prediction_error(predict: Predict, trial: _Trial) -> float:
     return _error(predict(4 * logits_KV, labels_K), (losses_K, expected_KV))
 
 
+@torch.no_grad()
 def _error(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     """Return the largest relative difference of a pair, NaN if there is one."""
     pairs = zip(found, expected, strict=True)
