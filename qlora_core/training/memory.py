@@ -57,7 +57,7 @@ def spare_bytes(config: Any, num_tokens: int, device: torch.device, *, is_fused:
 def bytes_per_token(config: Any, *, is_fused: bool) -> int:
     """Return what a token of a micro-batch leaves for the backward pass, all layers together.
 
-    Counted for each layer: the inputs of its norms, of attention and of its products (about 10
+    Counted for each layer: the inputs of its norms, of attention and of its products (about 11
     hidden states), and of its feed-forward block gate and up.
 
     Args:
@@ -69,7 +69,7 @@ def bytes_per_token(config: Any, *, is_fused: bool) -> int:
     hidden, dtype = text.hidden_size, getattr(config, "dtype", None)
     intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
     if is_fused and isinstance(dtype, torch.dtype):
-        numbers, size = 10 * hidden + 2 * intermediate, dtype.itemsize
+        numbers, size = 11 * hidden + 2 * intermediate, dtype.itemsize
     else:
         numbers, size = 10 * hidden + 4 * intermediate, torch.float32.itemsize
     return int(numbers * text.num_hidden_layers * size)

@@ -237,10 +237,15 @@ def _budget_bytes(run: Run) -> int:
         free = psutil.virtual_memory().available
         return int(min(BUDGET_BYTES, free // (_SPARE_SHARE * run.comm.world_size)))
     num_tokens = run.config.micro_batch * int(run.train.lengths.max())
-    is_recomputing = getattr(run.model, "is_activation_checkpointing", False)
-    num_kept = 0 if is_recomputing else num_tokens
+    num_kept = 0 if is_recomputing(run.model) else num_tokens
     is_fused = _is_fused(run.model)
     return max(0, spare_bytes(run.model.config, num_kept, run.device, is_fused=is_fused))
+
+
+def is_recomputing(model: nn.Module) -> bool:
+    """Say whether ``model`` recomputes its activations; transformers renamed where it says that."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    return bool(next((getattr(model, name) for name in names if hasattr(model, name)), False))
 
 
 def _is_fused(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from qlora_core.modeling.lora import attach_adapter
 from qlora_core.ports import TrainJob
 from qlora_core.training.comm import Alone
 from qlora_core.training.loop import Position, train
-from qlora_core.training.worker import assemble, fast_paths
+from qlora_core.training.worker import assemble, fast_paths, is_recomputing
 
 
 def measure(case: Case) -> Measurement:
@@ -47,7 +47,7 @@ def measure(case: Case) -> Measurement:
         losses=losses,
         num_multiplied=weights,
         micro_batch=case.micro_batch,
-        recomputes=bool(getattr(base, "is_gradient_checkpointing", False)),
+        recomputes=is_recomputing(base),
         notes=notes,
     )
 
