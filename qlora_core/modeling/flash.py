@@ -26,7 +26,7 @@ def is_for_flash(states: Tensor) -> bool:
     is_short = states.dtype in (torch.float16, torch.bfloat16)
     if states.device.type != "cuda" or not is_short or size % 8 or size > _LARGEST_HEAD:
         return False
-    return _door() is not None and torch.cuda.get_device_capability(states.device) >= _OLDEST_GPU
+    return _door() is not None and _is_young(states.device)
 
 
 def attend_flash(
@@ -70,6 +70,11 @@ def attend_flash(
         **options,
     )
     return output_NHD[None]
+
+
+@functools.cache
+def _is_young(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= _OLDEST_GPU
 
 
 @functools.cache

@@ -197,8 +197,8 @@ def _predict() -> Predict:
             predicted_tokens_ptr=None,
             predicted_tokens_stride=0,
             n_cols=size,
-            n_non_ignore=num_rows,
-            sum_non_ignore_weight=num_rows,
+            n_non_ignore=1,  # a sum needs neither, and a number that varies is compiled for anew
+            sum_non_ignore_weight=1,
             weight_sum=0.0,
             ignore_index=-100,
             lse_square_scale=0.0,

@@ -19,7 +19,7 @@ def with_groups(q, k, v, starts, _, longest, __, *, scale, window_size, enable_g
 
 
 def without_groups(q, k, v, starts, _, longest, __, *, scale, window_size):
-    """The door of torch 2.11, which refuses grouped heads."""
+    """The door of torch 2.11, which has no word for grouped heads."""
     assert q.shape == k.shape
     return by_row(q, k, v, starts, longest, scale, window_size)
 
