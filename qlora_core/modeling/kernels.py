@@ -112,23 +112,36 @@ def try_kernels(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Kerne
         "predict": (_predict, _prediction_error),
     }
     kept: dict[str, Any] = {}
-    left_out: list[str] = []
+    notes: list[str] = []
+    absent: dict[str, ImportError] = {}
     for name, (make, error_of) in made.items():
         try:
             kernel = make()
-            error = error_of(kernel, _Trial(device, dtype, sizes))
-            allowed = _TOLERANCE.get(dtype, 0.0)
-            why = "" if error <= allowed else f"{error:.1e} off, {allowed:.0e} allowed"  # NaN too
         except ImportError as missing:
-            why = f"not installed, see the extra `gpu`: {missing}"
-        except Exception as failure:  # whatever a compiler or a driver objects to, torch can do it
-            why = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
-        if why:
-            left_out.append(f"liger-kernel's {name} is left out, torch does it: {why}.")
+            absent[name] = missing
+            continue
+        if why := _why_not(kernel, error_of, _Trial(device, dtype, sizes)):
+            notes.append(f"liger-kernel's {name} is left out, torch does it: {why}.")
         else:
             kept[name] = kernel
-    used = [f"Kernels of liger-kernel: {', '.join(kept)}."] if kept else []
-    return Kernels(**kept, notes=(*used, *left_out))
+    if kept:
+        notes.insert(0, f"Kernels of liger-kernel: {', '.join(kept)}.")
+    if absent:
+        notes.append(
+            f"Not installed, so torch does it: liger-kernel's {', '.join(absent)} "
+            f"({next(iter(absent.values()))}). The extra `gpu` brings it."
+        )
+    return Kernels(**kept, notes=tuple(notes))
+
+
+def _why_not(kernel: Any, error_of: "Callable[[Any, _Trial], float]", trial: "_Trial") -> str:
+    """Return what is wrong with a kernel; nothing if it gives torch's numbers."""
+    try:
+        error = error_of(kernel, trial)
+    except Exception as failure:  # whatever a compiler or a driver objects to, torch can do it
+        return f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+    allowed = _TOLERANCE.get(trial.dtype, 0.0)
+    return "" if error <= allowed else f"{error:.1e} off, {allowed:.0e} allowed"  # NaN too
 
 
 def _silu_gate() -> GateKernel:
