@@ -108,8 +108,9 @@ def _gelu_gradient(approximate: str) -> Callable[[Tensor, Tensor, Tensor], None]
     return differentiate
 
 
+SILU = Activation(F.silu, _silu_gradient)
 ACTIVATIONS = (
-    Activation(F.silu, _silu_gradient),
+    SILU,
     Activation(_gelu_tanh, _gelu_gradient("tanh")),
     Activation(F.gelu, _gelu_gradient("none")),
 )

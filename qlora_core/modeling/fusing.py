@@ -8,7 +8,7 @@ counted (`Fused`).
 - Adapted linear layers on one input (`q_proj`, `k_proj`, `v_proj` below one parent): `products`.
 - Gated feed-forward blocks (`gate_proj`, `up_proj`, `down_proj` and an activation): `gated`.
 - RMS norms (a weight and an epsilon), rotary embeddings (`apply_rotary_pos_emb` beside the model's
-  code): `elementwise`.
+  code): `elementwise`, or on a GPU a kernel that was tried before (`kernels`).
 
 Layers with one input are found at run time by the input itself: the first layer called computes for
 all, the others find their part. Should a model call them with different inputs, each computes
@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -27,8 +27,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from qlora_core.modeling.elementwise import rms_norm, rotate
+from qlora_core.modeling.elementwise import SILU, rms_norm, rotate
 from qlora_core.modeling.gated import Gated, find_activation
+from qlora_core.modeling.kernels import NO_KERNELS, GateKernel, Kernels, RotateBoth
 from qlora_core.modeling.products import (
     Product,
     compute_dtype,
@@ -43,7 +44,7 @@ _ROTARY = "apply_rotary_pos_emb"
 _NUM_TRIED = 3
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
-_RotateBoth = Callable[..., tuple[Tensor, Tensor]]
+_Theirs = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,13 @@ class Fused:
 
 
 @contextmanager
-def fused(model: nn.Module, budget_bytes: int) -> Iterator[Fused]:
+def fused(model: nn.Module, budget_bytes: int, kernels: Kernels = NO_KERNELS) -> Iterator[Fused]:
     """Compute ``model`` by fused functions inside the block.
 
     Args:
         model: Carries one adapter; everything else is frozen.
         budget_bytes: For dequantised weights; what does not fit is dequantised in every pass.
+        kernels: What to use where it fits; torch does the rest.
     """
     with ExitStack() as undo:
         products: dict[Any, Product] = {}
@@ -85,9 +87,9 @@ def fused(model: nn.Module, budget_bytes: int) -> Iterator[Fused]:
             base_layers=frozenset(layer.get_base_layer() for layer in products),
             spare_bytes=budget_bytes,
             num_left=sum(isinstance(m, LoraLayer) for m in model.modules()) - len(products),
-            num_gated=_fuse_gated(model, products, undo),
+            num_gated=_fuse_gated(model, products, kernels.silu_gate, undo),
             num_norms=_fuse_norms(model, undo),
-            num_rotary=_fuse_rotary(model, undo),
+            num_rotary=_fuse_rotary(model, kernels.rotate_both, undo),
         )
 
 
@@ -137,7 +139,9 @@ class _Shared:
         return forward
 
 
-def _fuse_gated(model: nn.Module, products: dict[Any, Product], undo: ExitStack) -> int:
+def _fuse_gated(
+    model: nn.Module, products: dict[Any, Product], kernel: GateKernel | None, undo: ExitStack
+) -> int:
     num_fused = 0
     for parent in model.modules():
         parts = dict(parent.named_children())
@@ -147,7 +151,10 @@ def _fuse_gated(model: nn.Module, products: dict[Any, Product], undo: ExitStack)
             continue
         if products[gate] is products[up] and products[gate].layers[0] is gate:
             block = Gated(products[gate], activation, products[down])
-            num_fused += _replace_if_same(undo, parent, block, gate.in_features)
+            blocks = [block]
+            if kernel is not None and activation is SILU:
+                blocks.insert(0, replace(block, kernel=kernel))
+            num_fused += any(_replace_if_same(undo, parent, b, gate.in_features) for b in blocks)
     return num_fused
 
 
@@ -202,18 +209,18 @@ def _replace_if_same(
     return same
 
 
-def _fuse_rotary(model: nn.Module, undo: ExitStack) -> int:
+def _fuse_rotary(model: nn.Module, kernel: RotateBoth | None, undo: ExitStack) -> int:
     places = {type(module).__module__ for module in model.modules()}
     sources = [sys.modules[name] for name in sorted(places)]
     fit = [source for source in sources if _rotates_halves(source)]
     for source in fit:
         theirs = getattr(source, _ROTARY)
         undo.callback(setattr, source, _ROTARY, theirs)
-        setattr(source, _ROTARY, _whole_heads_by_us(theirs))
+        setattr(source, _ROTARY, _whole_heads_by_us(theirs, kernel))
     return len(fit)
 
 
-def _whole_heads_by_us(theirs: _RotateBoth) -> _RotateBoth:
+def _whole_heads_by_us(theirs: _Theirs, kernel: RotateBoth | None) -> _Theirs:
     """Return what leaves to ``theirs`` the models that turn a part of each head."""
 
     def rotate_both(
@@ -222,9 +229,16 @@ def _whole_heads_by_us(theirs: _RotateBoth) -> _RotateBoth:
         is_whole = cos.shape[-1] == q.shape[-1] and cos.shape == sin.shape
         if others or more or not is_whole:
             return theirs(q, k, cos, sin, *others, **more)
+        if kernel is not None and _suits_kernel(q, k, cos):
+            return kernel(q, k, cos, sin)
         return _rotate_both(q, k, cos, sin)
 
     return rotate_both
+
+
+def _suits_kernel(q: Tensor, k: Tensor, cos: Tensor) -> bool:
+    is_usual = q.dim() == k.dim() == 4 and len(cos) in (1, len(q)) and q.shape[2:] == cos.shape[1:]
+    return is_usual and q.shape[2:] == k.shape[2:] and q.dtype == k.dtype == cos.dtype
 
 
 def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

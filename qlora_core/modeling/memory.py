@@ -58,6 +58,8 @@ class Workload(Frozen):
     """Parts of a micro-batch that are computed at the same time."""
     is_fused: bool = True
     """By our own functions (`modeling.fusing`), where the adapter allows it."""
+    chunk_bytes: int = CHUNK_BYTES
+    """Of float32 logits, in each lane (see `modeling.head`)."""
     dense_budget_bytes: int = 0
     """Room for dequantised weights that are kept while training (see `modeling.dense`)."""
     runtime_bytes: int = 0
@@ -265,7 +267,7 @@ def _chunk_bytes(shape: Shape, work: Workload) -> int:
     In 16 bits a chunk exists in both widths, and its gradient in the narrower one.
     """
     widths = FLOAT if work.compute_bytes == FLOAT else FLOAT + 2 * work.compute_bytes
-    chunk = min(work.num_lanes * CHUNK_BYTES // FLOAT, work.num_supervised * shape.vocabulary)
+    chunk = min(work.num_lanes * work.chunk_bytes // FLOAT, work.num_supervised * shape.vocabulary)
     states = 2 * work.num_supervised * shape.hidden * work.compute_bytes
     return chunk * widths + states
 

@@ -32,15 +32,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_core.modeling.attention import attend_grouped
+from qlora_core.modeling.flash import attend_flash, is_for_flash
 
 NAME = "qloraflow_packed"
 _MIN_REACH = 64  # of the longest row; in shorter ones Python takes longer than what is gained
@@ -87,8 +87,10 @@ class Layout:
     def starts(self, device: torch.device) -> Tensor:
         """Return (number of rows + 1,) where each row starts, int32; there is no prefix."""
         if device not in self._starts:
-            ends = list(accumulate(self.lengths, initial=0))
-            self._starts[device] = torch.tensor(ends, dtype=torch.int32, device=device)
+            ends = torch.tensor(list(accumulate(self.lengths, initial=0)), dtype=torch.int32)
+            if device.type == "cuda":  # so the host need not wait for what is queued there
+                ends = ends.pin_memory().to(device, non_blocking=True)
+            self._starts[device] = ends
         return self._starts[device]
 
     def mask(self, own: int, before: int, window: int | None, device: torch.device) -> Tensor:
@@ -151,8 +153,9 @@ def attend(
         if sliding_window is None and reach >= _MIN_REACH and _is_plain(query_1HND):
             scale = query_1HND.shape[-1] ** -0.5 if scaling is None else scaling
             return attend_grouped(*states, layout, scale), None
-        if not layout.prefix and _is_for_flash(query_1HND):
-            return _attend_flash(*states, layout, scaling, sliding_window), None
+        if not layout.prefix and is_for_flash(query_1HND):
+            starts = layout.starts(query_1HND.device)
+            return attend_flash(*states, starts, layout.longest, scaling, sliding_window), None
     groups = query_1HND.shape[1] // key_1GND.shape[1]
     key_1HND = key_1GND.repeat_interleave(groups, 1) if groups > 1 else key_1GND
     value_1HND = value_1GND.repeat_interleave(groups, 1) if groups > 1 else value_1GND
@@ -174,38 +177,6 @@ def attend(
 
 def _is_plain(states: Tensor) -> bool:
     return states.device.type == "cpu" and states.dtype == torch.float32
-
-
-def _is_for_flash(states: Tensor) -> bool:
-    size = states.shape[-1]
-    is_short = states.dtype in (torch.float16, torch.bfloat16)
-    return states.device.type == "cuda" and is_short and size % 8 == 0 and size <= 256
-
-
-def _attend_flash(
-    query_1HND: Tensor,
-    key_1GND: Tensor,
-    value_1GND: Tensor,
-    layout: Layout,
-    scaling: float | None,
-    window: int | None,
-) -> Tensor:
-    """Return the (1, N, H, D) attention of all rows at once, by FlashAttention on a GPU."""
-    starts, longest = layout.starts(query_1HND.device), layout.longest
-    q_NHD, k_NGD, v_NGD = (s[0].transpose(0, 1) for s in (query_1HND, key_1GND, value_1GND))
-    output_NHD: Any = varlen_attn(
-        q_NHD,
-        k_NGD,
-        v_NGD,
-        starts,
-        starts,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),  # nothing to the right: causal
-        enable_gqa=q_NHD.shape[1] != k_NGD.shape[1],
-    )
-    return cast(Tensor, output_NHD[None])
 
 
 def _seen(states_1HND: Tensor, own: slice, before: int) -> Tensor:

@@ -14,15 +14,16 @@ weights stacked: one product where there were three.
 
 Frozen weights are dequantised once and kept while a budget of bytes lasts, then in every pass.
 
-In 16 bits the products take rounded copies of A and B, and the gradients go back to the float32
-masters: PEFT multiplies in float32 there, several times slower on a GPU, to add to 16 bits.
+In 16 bits the products take copies of A and B, rounded once for both passes, and the gradients go
+back to the float32 masters: PEFT multiplies in float32 there, several times slower on a GPU, to add
+to 16 bits.
 
 Dims: N tokens, I in features, O out features (of all stacked layers together), R adapter rank (of
 all of them together).
 Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; the gradients follow by the chain rule.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,20 +64,29 @@ class Product:
         pairs = ((layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for layer in self.layers)
         return [half.weight for pair in pairs for half in pair]
 
-    def forward(self, x_NI: Tensor, adapters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the (N, O) outputs side by side, and the (N, R) u = x A'."""
-        x_NI, adapters = x_NI.to(self.dtype), self._rounded(adapters)
+    def rounded(self, adapters: Sequence[Tensor]) -> list[Tensor]:
+        """Return what the products take of ``adapters``: A (R, I) of all layers, then each B."""
+        return [half.to(self.dtype) for half in (_stacked(adapters[0::2]), *adapters[1::2])]
+
+    def forward(self, x_NI: Tensor, halves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the (N, O) outputs side by side, and the (N, R) u = x A'.
+
+        Args:
+            x_NI: What all layers read.
+            halves: From `rounded`.
+        """
+        x_NI, (a_RI, *b_all) = x_NI.to(self.dtype), halves
         weight_OI, bias_O = self._weight(), self._bias()
         y_NO = x_NI @ weight_OI.T if bias_O is None else torch.addmm(bias_O, x_NI, weight_OI.T)
-        u_NR = x_NI @ _stacked(adapters[0::2]).T
-        for y, u, (_, b, scale) in zip(
-            torch.split(y_NO, self.sizes, 1), self._by_rank(u_NR), self._each(adapters), strict=True
+        u_NR = x_NI @ a_RI.T
+        for y, u, b, scale in zip(
+            torch.split(y_NO, self.sizes, 1), self._by_rank(u_NR), b_all, self._scales, strict=True
         ):
             y.addmm_(u, b.T, alpha=scale)
         return y_NO, u_NR
 
     def backward(
-        self, g_NO: Tensor, x_NI: Tensor, u_NR: Tensor, adapters: Sequence[Tensor]
+        self, g_NO: Tensor, x_NI: Tensor, u_NR: Tensor, halves: Sequence[Tensor]
     ) -> tuple[list[Tensor], Tensor]:
         """Return the gradients of each A and B in turn, and (N, R) that of u.
 
@@ -84,36 +94,38 @@ class Product:
             g_NO: Gradient of the outputs.
             x_NI: What `forward` was given.
             u_NR: What it returned.
-            adapters: As in `forward`.
+            halves: As in `forward`.
         """
-        x_NI, adapters = x_NI.to(self.dtype), self._rounded(adapters)
+        x_NI = x_NI.to(self.dtype)
         gu_NR = torch.empty_like(u_NR)
         db_all = []
-        for g, u, gu, (_, b, scale) in zip(
+        for g, u, gu, b, scale in zip(
             torch.split(g_NO, self.sizes, 1),
             self._by_rank(u_NR),
             self._by_rank(gu_NR),
-            self._each(adapters),
+            halves[1:],
+            self._scales,
             strict=True,
         ):
             torch.mm(g, b, out=gu).mul_(scale)
             db_all.append((u.T @ g).float().mul_(scale).T)  # this way round nearly twice as fast
-        da_all = torch.split((gu_NR.T @ x_NI).float(), [len(a) for a in adapters[0::2]])
+        da_all = torch.split((gu_NR.T @ x_NI).float(), self._ranks)
         return [part for pair in zip(da_all, db_all, strict=True) for part in pair], gu_NR
 
-    def input_gradient(self, g_NO: Tensor, gu_NR: Tensor, adapters: Sequence[Tensor]) -> Tensor:
+    def input_gradient(self, g_NO: Tensor, gu_NR: Tensor, halves: Sequence[Tensor]) -> Tensor:
         """Return (N, I) the gradient of x, given those of the outputs and of u."""
-        return (g_NO @ self._weight()).addmm_(gu_NR, _stacked(self._rounded(adapters[0::2])))
+        return (g_NO @ self._weight()).addmm_(gu_NR, halves[0])
 
-    def _rounded(self, adapters: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [half.to(self.dtype) for half in adapters]
+    @property
+    def _scales(self) -> list[float]:
+        return [layer.scaling[ADAPTER] for layer in self.layers]
 
-    def _each(self, adapters: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, float]]:
-        scales = (layer.scaling[ADAPTER] for layer in self.layers)
-        return zip(adapters[0::2], adapters[1::2], scales, strict=True)
+    @property
+    def _ranks(self) -> list[int]:
+        return [layer.r[ADAPTER] for layer in self.layers]
 
     def _by_rank(self, u_NR: Tensor) -> Sequence[Tensor]:
-        return torch.split(u_NR, [layer.r[ADAPTER] for layer in self.layers], 1)
+        return torch.split(u_NR, self._ranks, 1)
 
     def _weight(self) -> Tensor:
         return dense_weight(self.layers) if self.kept_OI is None else self.kept_OI
@@ -142,21 +154,22 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, product: Product, *adapters: Tensor) -> tuple[Tensor, ...]:
         x_NI = x.reshape(-1, x.shape[-1])
-        y_NO, u_NR = product.forward(x_NI, adapters)
-        ctx.save_for_backward(x_NI, u_NR, *adapters)
+        halves = product.rounded(adapters)
+        y_NO, u_NR = product.forward(x_NI, halves)
+        ctx.save_for_backward(x_NI, u_NR, *halves)
         ctx.product, ctx.shape = product, x.shape
         outputs = torch.split(y_NO.to(x.dtype), product.sizes, 1)
         return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, u_NR, *adapters = ctx.saved_tensors
+        x_NI, u_NR, *halves = ctx.saved_tensors
         parts = [g.reshape(-1, g.shape[-1]) for g in gradients]
         g_NO = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(ctx.product.dtype)
-        others, gu_NR = ctx.product.backward(g_NO, x_NI, u_NR, adapters)
+        others, gu_NR = ctx.product.backward(g_NO, x_NI, u_NR, halves)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = ctx.product.input_gradient(g_NO, gu_NR, adapters).view(ctx.shape).to(x_NI.dtype)
+            dx = ctx.product.input_gradient(g_NO, gu_NR, halves).view(ctx.shape).to(x_NI.dtype)
         return dx, None, *others
 
 
@@ -179,14 +192,36 @@ def num_weights(layers: Sequence[Any]) -> int:
 
 def dense_weight(layers: Sequence[Any]) -> Tensor:
     """Return the (O, I) frozen weights of ``layers``, one below the other, dequantised."""
+    bases = [layer.get_base_layer() for layer in layers]
+    if len(bases) > 1 and all(_unpacks_in_place(base) for base in bases):
+        return _unpacked_in_place(bases)
     parts = []
-    for layer in layers:
-        base = layer.get_base_layer()
+    for base in bases:
         weight_OI = base.weight.detach()
         if isinstance(base, Linear4bit):
             weight_OI = dequantize_4bit(base.weight.data, base.weight.quant_state)
         parts.append(weight_OI.to(compute_dtype(base)))
     return _stacked(parts)
+
+
+def _unpacks_in_place(base: Any) -> bool:
+    """Say whether bitsandbytes can write the weight where we want it: its GPU kernel can."""
+    if not isinstance(base, Linear4bit) or not base.weight.is_cuda:
+        return False
+    return bool(base.weight.quant_state.dtype == compute_dtype(base))
+
+
+def _unpacked_in_place(bases: Sequence[Any]) -> Tensor:
+    """Return the stacked weights without a copy of each."""
+    num_out = [base.out_features for base in bases]
+    stacked_OI = torch.empty(
+        (sum(num_out), bases[0].in_features),
+        dtype=compute_dtype(bases[0]),
+        device=bases[0].weight.device,
+    )
+    for base, part_OI in zip(bases, torch.split(stacked_OI, num_out), strict=True):
+        dequantize_4bit(base.weight.data, base.weight.quant_state, out=part_OI)
+    return stacked_OI
 
 
 def compute_dtype(base: Any) -> torch.dtype:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-import gguf
 from transformers import modeling_gguf_pytorch_utils as gguf_loader
 from transformers.utils import logging as _log
 
@@ -44,6 +43,8 @@ def gguf_read_once() -> Iterator[None]:
     It does so for the configuration, for the weights and once for each module: 8 of 14 s for
     SmolLM2.
     """
+    import gguf  # needed for nothing else, so whoever opens no such file need not have it
+
     with (
         _ALONE,
         _swapped(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),

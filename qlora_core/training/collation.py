@@ -4,13 +4,17 @@ Padded rows get no attention mask: in a causal model nothing real looks at what 
 attention is fastest without one. Packed rows may share what all of them begin with; see
 `qlora_core.modeling.packing`.
 
-Dims: B rows, T tokens of the longest (packed: B = 1, T = N, all tokens).
+Which positions are supervised is known here, on the host, and travels as their places: a mask on a
+GPU would have to be counted there, and the host would wait for it in every pass.
+
+Dims: B rows, T tokens of the longest (packed: B = 1, T = N, all tokens), K supervised positions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qlora_core.data.prepared import IGNORED, Rows
@@ -25,8 +29,10 @@ class Batch:
     """One micro-batch on its device."""
 
     input_ids_BT: Tensor
-    next_labels_BT: Tensor
-    """What each position must predict; IGNORED where nothing is supervised."""
+    kept_K: Tensor
+    """Places, among all B * T, of the positions where something is supervised."""
+    labels_K: Tensor
+    """What they must predict."""
     positions_BT: Tensor | None = None
     layout: Layout | None = None
     """Where the rows lie, if they are packed."""
@@ -40,7 +46,7 @@ def collate(rows: Rows, chunk: Indices, device: torch.device) -> Batch:
     for place, row in enumerate(chunk):
         input_ids[place, : rows.lengths[row]] = rows.input_ids(row)
         next_labels[place, : rows.lengths[row] - 1] = rows.labels(row)[1:]
-    return Batch(torch.from_numpy(input_ids).to(device), torch.from_numpy(next_labels).to(device))
+    return _batch(input_ids, next_labels, device)
 
 
 def pack(rows: Rows, chunk: Indices, device: torch.device, *, shares_prefix: bool) -> Batch:
@@ -54,10 +60,28 @@ def pack(rows: Rows, chunk: Indices, device: torch.device, *, shares_prefix: boo
         next_labels += [rows.labels(row)[prefix + 1 :], np.full(1, IGNORED, np.int32)]
     layout = Layout(prefix, tuple(int(rows.lengths[row]) - prefix for row in chunk))
     ids_1N, labels_1N, positions_1N = (
-        torch.from_numpy(np.asarray(values, np.int64)[None]).to(device)
+        np.asarray(values, np.int64)[None]
         for values in (np.concatenate(input_ids), np.concatenate(next_labels), layout.positions())
     )
-    return Batch(ids_1N, labels_1N, positions_1N, layout)
+    batch = _batch(ids_1N, labels_1N, device)
+    return replace(batch, positions_BT=_put(positions_1N, device), layout=layout)
+
+
+def _batch(ids_BT: NDArray[np.int64], labels_BT: NDArray[np.int64], device: torch.device) -> Batch:
+    kept_K = np.flatnonzero(labels_BT != IGNORED)
+    return Batch(
+        _put(ids_BT, device), _put(kept_K, device), _put(labels_BT.reshape(-1)[kept_K], device)
+    )
+
+
+def _put(values: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Copy to a GPU behind the work that is queued there, without waiting for it."""
+    tensor = torch.from_numpy(values)
+    return tensor if device.type == "cpu" else _pinned(tensor).to(device, non_blocking=True)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def common_prefix(rows: Rows, chunk: Indices) -> int:

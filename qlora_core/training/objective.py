@@ -33,13 +33,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from qlora_core.data.prepared import IGNORED, Rows
+from qlora_core.data.prepared import Rows
 from qlora_core.modeling.head import cross_entropy_sum
+from qlora_core.modeling.kernels import NO_KERNELS, Kernels
 from qlora_core.modeling.packing import packed_attention
 from qlora_core.training.batching import Indices
 from qlora_core.training.collation import Batch, collate, pack
 
 _NUM_COMPARED = 16
+_MAX_TRIED = 384  # positions of the tried rows; a large vocabulary's logits fill gigabytes
 _LEAK = {torch.float32: 1e-5}
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -47,8 +49,8 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 class _Call(threading.local):
     """What the head shall do in this thread's next call, and what it did."""
 
-    positions_BT: Tensor | None = None
-    """Keep these alone; none: behave as ever."""
+    kept_K: Tensor | None = None
+    """Keep these positions alone; none: behave as ever."""
     passes_through: bool = False
     """Return the hidden states themselves."""
     returned: Tensor | None = None
@@ -64,10 +66,10 @@ class _Head:
     call: _Call = field(default_factory=_Call)
 
     def __call__(self, hidden_BTH: Tensor) -> Tensor:
-        positions_BT, self.call.positions_BT = self.call.positions_BT, None
-        if positions_BT is None:
+        kept_K, self.call.kept_K = self.call.kept_K, None
+        if kept_K is None:
             return self.forward(hidden_BTH)
-        hidden_1KH = hidden_BTH[positions_BT][None]
+        hidden_1KH = _at(kept_K, hidden_BTH)[None]
         returned = hidden_1KH if self.call.passes_through else self.forward(hidden_1KH)
         self.call.returned = returned
         return returned
@@ -89,10 +91,13 @@ class LossFunction:
     Args:
         model: A causal language model, with or without PEFT's adapter.
         notes: Where it is said what had to be done the slow way.
+        kernels: From `find_kernels`.
     """
 
     model: nn.Module
     notes: list[str] = field(default_factory=list)
+    kernels: Kernels = NO_KERNELS
+    """What the loss may be computed with on a GPU."""
     packs: bool = False
     """Rows are packed; the model must attend by `packed_attention` then."""
     draws: bool = False
@@ -151,10 +156,10 @@ class LossFunction:
     def _difference(self, rows: Rows, chunk: Indices, device: torch.device) -> str:
         """Return what is wrong with packed logits; nothing if they are right."""
         padded = collate(rows, chunk, device)
-        expected_KV = self._logits(padded, padded.next_labels_BT != IGNORED).float()
+        expected_KV = self._logits(padded, _some(padded.kept_K)).float()
         packed = pack(rows, chunk, device, shares_prefix=self._shares_prefix(device))
         with packed_attention(self.model):
-            found_KV = self._logits(packed, packed.next_labels_BT != IGNORED)
+            found_KV = self._logits(packed, _some(packed.kept_K))
             leaks = self._leaks(pack(rows, chunk, device, shares_prefix=False))
         error = float((found_KV.float() - expected_KV).norm() / expected_KV.norm())
         allowed = _TOLERANCE.get(found_KV.dtype, 1e-4)
@@ -166,12 +171,12 @@ class LossFunction:
         """Say whether what the last row predicts depends on the rows before it."""
         num_tokens = packed.input_ids_BT.shape[1]
         first = num_tokens - (packed.layout.lengths[-1] if packed.layout else 0)
-        last_1N = torch.zeros_like(packed.input_ids_BT, dtype=torch.bool)
-        last_1N[:, max(first, num_tokens - _NUM_COMPARED) :] = True
+        start = max(first, num_tokens - _NUM_COMPARED)
+        last_K = torch.arange(start, num_tokens, device=packed.input_ids_BT.device)
         changed_1N = packed.input_ids_BT.clone()
         changed_1N[:, :first] = changed_1N[:, :first].roll(1, 1)
-        before_KV = self._logits(packed, last_1N)
-        after_KV = self._logits(replace(packed, input_ids_BT=changed_1N), last_1N)
+        before_KV = self._logits(packed, last_K)
+        after_KV = self._logits(replace(packed, input_ids_BT=changed_1N), last_K)
         change = float((after_KV - before_KV).float().norm() / before_KV.float().norm())
         return not change <= _LEAK.get(before_KV.dtype, 0.0)  # NaN is no proof
 
@@ -185,28 +190,29 @@ class LossFunction:
         if any(drops):
             return True
         self.model.train()
-        keep_BT = batch.next_labels_BT != IGNORED
+        kept_K = _some(batch.kept_K)
         device = batch.input_ids_BT.device
         source = torch.cuda if device.type == "cuda" else torch.random
         state = source.get_rng_state()
-        draws = not torch.equal(self._logits(batch, keep_BT), self._logits(batch, keep_BT))
+        draws = not torch.equal(self._logits(batch, kept_K), self._logits(batch, kept_K))
         if draws:  # else nothing has moved; and other threads may draw at this moment
             source.set_rng_state(state)
         return draws
 
     def __call__(self, batch: Batch) -> Tensor:
         """Return the cross-entropy summed over supervised positions, float32, a scalar."""
-        keep_BT = batch.next_labels_BT != IGNORED
-        if not keep_BT.any():
-            return torch.zeros((), device=keep_BT.device)
-        labels_K = batch.next_labels_BT[keep_BT]
+        if not len(batch.kept_K):
+            return torch.zeros((), device=batch.kept_K.device)
         if self._head is not None and self._fuses_head:
-            hidden_1KH = self._run(batch, keep_BT, passes_through=True)
+            hidden_1KH = self._run(batch, batch.kept_K, passes_through=True)
             if hidden_1KH is self._head.call.returned:
-                return cross_entropy_sum(hidden_1KH[0], self._head.layer.weight, labels_K)
+                weight_VH = self._head.layer.weight
+                return cross_entropy_sum(
+                    hidden_1KH[0], weight_VH, batch.labels_K, self.kernels.predict
+                )
             self._stop_fusing(was_called=self._head.call.returned is not None)
-        logits_KV = self._logits(batch, keep_BT)
-        return F.cross_entropy(logits_KV.float(), labels_K, reduction="sum")
+        logits_KV = self._logits(batch, batch.kept_K)
+        return F.cross_entropy(logits_KV.float(), batch.labels_K, reduction="sum")
 
     def _stop_fusing(self, *, was_called: bool) -> None:
         was_fusing, self._fuses_head = self._fuses_head, False  # another lane may have been first
@@ -216,11 +222,11 @@ class LossFunction:
                 "so they are computed whole at supervised positions: correct, but larger."
             )
 
-    def _logits(self, batch: Batch, keep_BT: Tensor) -> Tensor:
+    def _logits(self, batch: Batch, kept_K: Tensor) -> Tensor:
         """Return the (K, V) logits at the positions to keep."""
         head = self._head
         if head is not None:
-            logits = self._run(batch, keep_BT)
+            logits = self._run(batch, kept_K)
             if head.call.returned is not None:
                 return logits[0]
             self._head = None
@@ -228,21 +234,31 @@ class LossFunction:
                 f"{type(self.model).__name__} does not call its output head as a module, so logits "
                 "are computed at all positions: correct, but slower and larger."
             )
-            return logits[keep_BT]
-        return self._run(batch)[keep_BT]
+            return _at(kept_K, logits)
+        return _at(kept_K, self._run(batch))
 
     def _run(
-        self, batch: Batch, keep_BT: Tensor | None = None, passes_through: bool = False
+        self, batch: Batch, kept_K: Tensor | None = None, passes_through: bool = False
     ) -> Tensor:
-        """Return what the model returns as logits, of ``keep_BT`` alone if its head is called."""
+        """Return what the model returns as logits, of ``kept_K`` alone if its head is called."""
         options: dict[str, Any] = {}
         if batch.layout is not None:
             options = {"position_ids": batch.positions_BT, "layout": batch.layout}
         call = self._head.call if self._head is not None else _Call()
-        call.positions_BT, call.passes_through, call.returned = keep_BT, passes_through, None
+        call.kept_K, call.passes_through, call.returned = kept_K, passes_through, None
         try:
             output: Any = self.model(input_ids=batch.input_ids_BT, use_cache=False, **options)
         finally:
-            call.positions_BT = None
+            call.kept_K = None
         logits: Tensor = output.logits
         return logits
+
+
+def _at(kept_K: Tensor, states_BTX: Tensor) -> Tensor:
+    """Return (K, X), the states at these places."""
+    return states_BTX.reshape(-1, states_BTX.shape[-1]).index_select(0, kept_K)
+
+
+def _some(kept_K: Tensor) -> Tensor:
+    """Return every n-th place, so that few are left; the same ones, padded or packed."""
+    return kept_K[:: max(1, -(-len(kept_K) // _MAX_TRIED))]

@@ -26,6 +26,7 @@ from qlora_core.modeling.activations import num_pairs_of
 from qlora_core.modeling.attention import KEPT_KEYS
 from qlora_core.modeling.dense import BUDGET_BYTES
 from qlora_core.modeling.dtypes import DtypeName
+from qlora_core.modeling.head import CHUNK_BYTES, GPU_CHUNK_BYTES
 from qlora_core.modeling.memory import MemoryEstimate, Recompute, Workload, estimate_qlora
 from qlora_core.modeling.shape import Shape
 from qlora_core.training.batching import Plan, largest_chunk
@@ -95,6 +96,7 @@ class Demand:
             compute_dtype=self.compute_dtype,
             num_lanes=min(self.num_lanes, len(chunk.lengths)),
             is_fused=self.is_fused,
+            chunk_bytes=GPU_CHUNK_BYTES if self.device == "cuda" else CHUNK_BYTES,
             dense_budget_bytes=kept if isinstance(kept, int) else 0,
             runtime_bytes=RUNTIME_BYTES if self.device == "cpu" else 0,
         )

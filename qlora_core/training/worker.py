@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
 
 from qlora_core.config import SnapshotConfig
 from qlora_core.data.prepared import Rows, read_split
@@ -24,6 +23,7 @@ from qlora_core.errors import DataError, ModelError, ResourceError
 from qlora_core.modeling.dense import dense_weights
 from qlora_core.modeling.dtypes import compute_dtype_name
 from qlora_core.modeling.fusing import fused
+from qlora_core.modeling.kernels import find_kernels, sizes_of
 from qlora_core.modeling.loading import load_base, quiet
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
 from qlora_core.modeling.memory import Recompute
@@ -76,7 +76,7 @@ def run_worker(
     if comm.rank == 0:
         desk = open_desk(run, job, snapshots, launch, position.step, steps, notes)
         desk.tell(on_step)
-    with _memory_errors(job), _fast_paths(run) as fast:
+    with _memory_errors(job), fast_paths(run) as fast:
         for metrics in train(fast, position):
             if comm.rank == 0:
                 desk.record(metrics, position)
@@ -103,11 +103,31 @@ def _prepare(job: TrainJob, comm: Comm, device: torch.device, notes: list[str]) 
             f"There are {len(train_rows)} training and {len(heldout)} held-out rows.",
             fix="Training needs at least one of each; change dataset.heldout or give more rows.",
         )
-    base = load_base(job.base, device)
-    shape = _shape(base, job)
-    model = attach_adapter(base, job.adapter, job.seed)
+    model = attach_adapter(load_base(job.base, device), job.adapter, job.seed)
+    return assemble(job, model, (train_rows, heldout), comm, device, notes)
+
+
+def assemble(
+    job: TrainJob,
+    model: PeftModel,
+    rows: tuple[Rows, Rows],
+    comm: Comm,
+    device: torch.device,
+    notes: list[str],
+) -> Run:
+    """Return what `train` takes, the ways that work for this model and device found by trying.
+
+    Args:
+        job: What to train; its files are not read.
+        model: On ``device``, with a new adapter.
+        rows: To train on, and held out.
+        comm: The line to the other workers.
+        device: Where this worker's model lives.
+        notes: Where it is said what had to be done the slow way.
+    """
+    train_rows, heldout = rows
     loss = _loss_function(model, train_rows, device, notes)
-    room = _find_room(job, shape, comm, train_rows, loss, device)
+    room = _find_room(job, _shape(model, job), comm, train_rows, loss, device)
     _set_checkpointing(model, job, room.recompute)
     parameters = trainable_parameters(model)
     return Run(
@@ -126,17 +146,20 @@ def _prepare(job: TrainJob, comm: Comm, device: torch.device, notes: list[str]) 
     )
 
 
-def _shape(base: PreTrainedModel, job: TrainJob) -> Shape:
+def _shape(model: PeftModel, job: TrainJob) -> Shape:
     """Return the shape as `qlora plan` counts it: of the model before it was quantised."""
     with torch.device("meta"), quiet():
-        unquantized = type(base)(base.config)
+        unquantized = type(model.get_base_model())(model.get_base_model().config)
     return shape_of_model(unquantized, job.quantization, job.adapter)
 
 
 def _loss_function(
     model: PeftModel, rows: Rows, device: torch.device, notes: list[str]
 ) -> LossFunction:
-    loss = LossFunction(model, notes)
+    dtype = model.get_input_embeddings().weight.dtype
+    kernels = find_kernels(device, dtype, sizes_of(model.config))
+    notes += kernels.notes
+    loss = LossFunction(model, notes, kernels)
     loss.try_out(rows, device)
     return loss
 
@@ -144,11 +167,7 @@ def _loss_function(
 def _find_room(
     job: TrainJob, shape: Shape, comm: Comm, rows: Rows, loss: LossFunction, device: torch.device
 ) -> Room:
-    """Decide how a micro-batch is computed here; say what is not as the recipe asks.
-
-    Raises:
-        ResourceError: Not even a single row can fit.
-    """
+    """Decide how a micro-batch is computed here; say what is not as the recipe asks."""
     demand = Demand(
         shape=shape,
         quantization=job.quantization,
@@ -206,13 +225,17 @@ def _start_like_rank_0(run: Run) -> None:
 
 
 @contextmanager
-def _fast_paths(run: Run) -> Iterator[Run]:
-    """Pack, fuse, and dequantise once, where there is memory to spare."""
+def fast_paths(run: Run) -> Iterator[Run]:
+    """Pack, fuse, and dequantise once, where there is memory to spare; yield the run to train.
+
+    Args:
+        run: From `assemble`.
+    """
     with ExitStack() as stack:
         if run.loss.packs:
             stack.enter_context(packed_attention(run.model))
         budget_bytes = run.room.workload.dense_budget_bytes
-        taken = stack.enter_context(fused(run.model, budget_bytes))
+        taken = stack.enter_context(fused(run.model, budget_bytes, run.loss.kernels))
         if taken.num_left:
             run.loss.notes.append(
                 f"{taken.num_left} adapted layers are computed by PEFT, as they have dropout or "
