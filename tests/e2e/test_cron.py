@@ -193,6 +193,12 @@ def test_training_goes_on_from_a_snapshot(story):
     assert f"resumed at {resumed_at}" in story.second.stdout
 
 
+def test_the_peak_of_memory_was_planned_about_as_it_was_measured(story):
+    facts = AdapterCheckpoint.model_validate(story.resumed.artifacts["adapter"].facts)
+
+    assert facts.predicted_peak_bytes == pytest.approx(facts.peak_memory_bytes, rel=0.15)
+
+
 def test_both_attempts_are_one_run_in_mlflow_with_each_step_once(story):
     from mlflow.tracking import MlflowClient
 
