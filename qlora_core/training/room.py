@@ -17,6 +17,7 @@ in another order.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
@@ -29,7 +30,7 @@ from qlora_core.modeling.dtypes import DtypeName
 from qlora_core.modeling.head import CHUNK_BYTES, GPU_CHUNK_BYTES
 from qlora_core.modeling.memory import MemoryEstimate, Recompute, Workload, estimate_qlora
 from qlora_core.modeling.shape import Shape
-from qlora_core.training.batching import Plan, largest_chunk
+from qlora_core.training.batching import Indices, Plan, largest_chunk
 from qlora_core.training.collation import common_prefix
 
 RUNTIME_BYTES = 950_000_000
@@ -105,14 +106,19 @@ class Demand:
         """Return what such a pass needs."""
         return estimate_qlora(self.shape, self.quantization, self.adapter, self.training, work)
 
+    @cached_property
+    def _rows_of_largest(self) -> Indices:
+        assert self.rows is not None, "asked for only when there are rows"  # noqa: S101
+        rows, plan = self.rows
+        return largest_chunk(
+            plan, rows.lengths, world_size=self.world_size, micro_batch=self.training.micro_batch
+        )
+
     def _largest(self, num_rows: int) -> "_Chunk":
         if self.rows is None:
             num_tokens = num_rows * self.max_length
             return _Chunk((self.max_length,) * num_rows, num_tokens, max(1, num_tokens))
-        rows, plan = self.rows
-        chunk = largest_chunk(
-            plan, rows.lengths, world_size=self.world_size, micro_batch=self.training.micro_batch
-        )[:num_rows]
+        rows, chunk = self.rows[0], self._rows_of_largest[:num_rows]
         lengths = tuple(int(length) for length in rows.lengths[chunk])
         num_tokens = sum(lengths) if self.is_packed else len(lengths) * max(lengths)
         if self.is_packed and self.shares_prefix:
@@ -158,6 +164,8 @@ class Room:
                 f"have at most {self.num_rows}. The rows of a step stay the same, and so does the "
                 "result."
             )
+        if training.checkpointing == "offload" and not self.offloads:
+            found.append("training.checkpointing=offload ran as on: a CPU has no host beside it.")
         if self.recompute != "nothing" and training.checkpointing == "auto":
             found.append(
                 "training.checkpointing=auto: the backward pass computes layers again "
@@ -211,7 +219,9 @@ def find_room(demand: Demand, memory_bytes: int) -> Room:
 def _ways(demand: Demand) -> Iterator[tuple[int, Recompute]]:
     most, wanted = demand.training.micro_batch, demand.training.checkpointing
     if wanted != "auto":
-        yield from ((num_rows, _FIXED[wanted]) for num_rows in _halves(most))
+        has_host = demand.device == "cuda"
+        way = "layers" if wanted == "offload" and not has_host else _FIXED[wanted]
+        yield from ((num_rows, way) for num_rows in _halves(most))
         return
     for num_rows in _halves(most):
         is_small = demand.workload(num_rows, "nothing").num_tokens < _WORTH_RECOMPUTING

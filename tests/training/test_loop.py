@@ -14,7 +14,6 @@ from qlora_core.config import (
 )
 from qlora_core.data.prepared import IGNORED, read_split
 from qlora_core.errors import ResourceError, TrainingError
-from qlora_core.modeling import offload
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
 from qlora_core.ports import StepMetrics, TrainJob
@@ -163,16 +162,15 @@ def test_recomputing_activations_gives_the_same_numbers(make_job):
     assert losses(recomputed) == pytest.approx(losses(kept), rel=1e-6)
 
 
-def test_inputs_kept_with_the_host_come_back_and_give_the_same_numbers(make_job, monkeypatch):
-    expected = curve(make_job("kept", checkpointing="off"))
-    back, from_host = [], offload.from_host
-    monkeypatch.setattr(offload, "SMALLEST", 1)  # rows are tiny here
-    monkeypatch.setattr(offload, "from_host", lambda kept: back.append(kept) or from_host(kept))
+def test_on_a_cpu_offloading_is_recomputing_and_it_is_said(make_job):
+    job = make_job("offload", checkpointing="offload")
 
-    found = curve(make_job("offloaded", checkpointing="offload"))
+    found = curve(job)
 
-    assert losses(found) == pytest.approx(losses(expected), rel=1e-6)
-    assert sum(isinstance(kept, offload.OnHost) for kept in back) > 12  # 6 steps, 2 layers
+    assert losses(found) == losses(curve(make_job("on", checkpointing="on")))
+    assert facts_of(job).notes == (
+        "training.checkpointing=offload ran as on: a CPU has no host beside it.",
+    )
 
 
 def out_of_memory_above(monkeypatch, num_rows: int) -> list[int]:
