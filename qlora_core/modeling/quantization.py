@@ -79,12 +79,7 @@ def quantize_model(
         made, errors[name] = _quantized(name, layer, own, config, compute_dtype)
         model.set_submodule(name, made)
         on_layer(done, len(chosen), name)
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(compute_dtype)
-    model.config.dtype = compute_dtype
-    if chosen:
-        model.config.quantization_config = _describe(model, config, compute_dtype)
+    _describe(model, config, compute_dtype, is_quantized=bool(chosen))
     return Quantized(errors, num_parameters, num_quantized, left_whole, num_stacked)
 
 
@@ -136,9 +131,7 @@ def quantize_streamed(
             spool.add(name, tensor)
         skeleton.set_submodule(module_name, nn.Identity())
         on_layer(len(errors), len(chosen), module_name)
-    skeleton.config.dtype = compute_dtype
-    if chosen:
-        skeleton.config.quantization_config = _describe(skeleton, config, compute_dtype)
+    _describe(skeleton, config, compute_dtype, is_quantized=bool(chosen))
     return Quantized(errors, num_parameters, num_quantized, left_whole, num_stacked)
 
 
@@ -319,11 +312,26 @@ def _int8_layer(
 
 
 def _describe(
-    model: PreTrainedModel, config: QuantizationConfig, compute_dtype: torch.dtype
+    model: PreTrainedModel,
+    config: QuantizationConfig,
+    compute_dtype: torch.dtype,
+    *,
+    is_quantized: bool,
+) -> None:
+    """Cast what was left unquantised, and note what `from_pretrained` must know of both."""
+    for parameter in model.parameters():
+        parameter.data = _as_computed(parameter.data, compute_dtype)
+    model.config.dtype = compute_dtype
+    if is_quantized:
+        kept = [name for name, m in model.named_modules() if type(m) is nn.Linear]
+        kept += [name for name, m in model.named_modules() if isinstance(m, Conv1D)]
+        model.config.quantization_config = _stored_as(config, kept, compute_dtype)
+
+
+def _stored_as(
+    config: QuantizationConfig, kept: list[str], compute_dtype: torch.dtype
 ) -> BitsAndBytesConfig:
-    """Return what `from_pretrained` must know to build the same layers again."""
-    kept = [name for name, m in model.named_modules() if type(m) is nn.Linear]
-    kept += [name for name, m in model.named_modules() if isinstance(m, Conv1D)]
+    """Return what builds the same layers again; those that were kept stay as they are."""
     if config.method == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
