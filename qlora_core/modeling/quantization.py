@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_core.config import QuantizationConfig
 from qlora_core.errors import ConfigError, ModelError, storing
+from qlora_core.modeling.heap import Stream
 from qlora_core.modeling.loading import quiet
 from qlora_core.modeling.spool import Spool
 from qlora_core.modeling.weights import ModelWeights, Weights
@@ -114,23 +115,28 @@ def quantize_streamed(
     errors: dict[str, float] = {}
     num_quantized = 0
     names = set(ModelWeights(skeleton).infos())  # tied weights once
+    stream = Stream()
     for module_name, module in list(skeleton.named_modules()):
         prefix = f"{module_name}." if module_name else ""
-        own = {
-            name: weights.read(prefix + name).to(parameter.dtype)
+        kinds = {
+            prefix + name: parameter.dtype
             for name, parameter in module.named_parameters(recurse=False)
             if prefix + name in names
         }
-        if module_name not in chosen:
-            for name, tensor in own.items():
-                spool.add(prefix + name, _as_computed(tensor, compute_dtype))
-            continue
-        num_quantized += own["weight"].numel()
-        layer, errors[module_name] = _quantized(module_name, module, own, config, compute_dtype)
-        for name, tensor in layer.state_dict(prefix=prefix).items():
+        own = {name: weights.read(name).to(dtype) for name, dtype in kinds.items()}
+        stream.passed(sum(tensor.nbytes for tensor in own.values()))
+        if module_name in chosen:
+            num_quantized += own[f"{prefix}weight"].numel()
+            plain = {name.removeprefix(prefix): tensor for name, tensor in own.items()}
+            layer, error = _quantized(module_name, module, plain, config, compute_dtype)
+            errors[module_name] = error
+            own = layer.state_dict(prefix=prefix)
+            skeleton.set_submodule(module_name, nn.Identity())
+            on_layer(len(errors), len(chosen), module_name)
+        else:
+            own = {name: _as_computed(tensor, compute_dtype) for name, tensor in own.items()}
+        for name, tensor in own.items():
             spool.add(name, tensor)
-        skeleton.set_submodule(module_name, nn.Identity())
-        on_layer(len(errors), len(chosen), module_name)
     _describe(skeleton, config, compute_dtype, is_quantized=bool(chosen))
     return Quantized(errors, num_parameters, num_quantized, left_whole, num_stacked)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qlora_core.errors import storing
+from qlora_core.modeling.heap import Stream
 from qlora_core.modeling.weights import TensorInfo, Written, bytes_of, read_tensor, write_checkpoint
 
 MAX_SHARD_BYTES = 50_000_000_000
@@ -39,6 +40,7 @@ class Spool:
         self._folder = folder
         self._placed: dict[str, tuple[int, TensorInfo]] = {}
         self._end = 0
+        self._stream = Stream()
 
     def __enter__(self) -> Self:
         self._file = tempfile.TemporaryFile(dir=self._folder)  # closed by __exit__
@@ -85,4 +87,5 @@ class Spool:
 
     def _read(self, name: str) -> Tensor:
         start, info = self._placed[name]
+        self._stream.passed(info.size_bytes)
         return read_tensor(self._file, start, info)
