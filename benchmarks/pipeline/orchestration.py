@@ -141,7 +141,8 @@ def _qlora(environment: dict[str, str], *arguments: str) -> float:
 
 def _write_model(folder: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from benchmarks.pipeline import preparation, sharded;"
+        "import sys; from pathlib import Path; "
+        "from benchmarks.pipeline import preparation, sharded; "
         "preparation.save_model_files(Path(sys.argv[1])); sharded.write_model(Path(sys.argv[1]), "
         "sharded.Size(num_layers=2, hidden=64, intermediate=128))"
     )

@@ -19,7 +19,7 @@ from qlora_core.modeling.weights import ModelWeights, TensorInfo, write_checkpoi
 
 SHARD_BYTES = 200_000_000
 _RANK = 8
-_NUM_ROWS, _LENGTH = 8, 48
+_NUM_ROWS, _LENGTH = 4, 24
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_core.backends.memory import SilentProgress
-from qlora_core.config import ModelConfig, QuantizationConfig
+from qlora_core.config import AdapterConfig, MergeConfig, ModelConfig, QuantizationConfig
 from qlora_core.fingerprint import file_digest, files_below
 from qlora_core.modeling import weights
+from qlora_core.modeling.loading import load_base
+from qlora_core.modeling.lora import attach_adapter, save_adapter
 from qlora_core.ports import Context
 from qlora_core.sources import find_source
-from qlora_core.stages import quantize
+from qlora_core.stages import merge, quantize
+from tests.stages.test_merge import adapter_facts, artifact, data_facts
 from tests.tiny import make_tiny_llama, make_tiny_tokenizer, small_model
+from tests.training.conftest import write_dataset
 
 SHARD_BYTES = 200_000
 
@@ -139,3 +143,52 @@ def test_every_architecture_leaves_the_same_bytes_both_ways(kind, tmp_path, monk
 
     assert digests(first.out) == digests(second.out)
     assert streamed == whole
+
+
+@pytest.fixture(scope="module")
+def tuned(sharded, tmp_path_factory) -> dict[str, object]:
+    """What merging reads: the quantised base, an adapter with DoRA, held-out rows."""
+    folder = tmp_path_factory.mktemp("tuned")
+    ctx = context(folder / "base", SilentProgress())
+    facts = quantise(ctx, sharded)
+    settings = AdapterConfig(rank=1, dora=True)
+    adapted = attach_adapter(load_base(ctx.out), settings, seed=0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    save_adapter(adapted, folder / "adapter", "base", None)
+    write_dataset(folder / "data")
+    return {
+        "model": ModelConfig(source=str(sharded)),
+        "base": artifact("quantize_base", ctx.out, facts),
+        "adapter": artifact("train_adapter", folder / "adapter", adapter_facts()),
+        "data": artifact("prepare_dataset", folder / "data", data_facts()),
+        "source": find_source(str(sharded)),
+    }
+
+
+@pytest.mark.parametrize("onto", ["dequantized", "original"])
+def test_merging_never_holds_more_than_two_files_and_the_largest_tensor(
+    onto, sharded, tuned, scales, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(merge, "HELD_BYTES", 0)
+    ctx = context(tmp_path, scales)
+
+    settings = MergeConfig(onto=onto, max_shard_bytes=SHARD_BYTES, parity_rows=1, batch_size=1)
+
+    merge.merge_adapter(ctx, settings, **tuned)
+
+    assert 0 < scales.most < 2 * SHARD_BYTES + largest(ctx.out / "model")
+
+
+def test_weights_that_come_and_go_give_the_same_comparison(tuned, tmp_path, monkeypatch):
+    whole = merge.merge_adapter(context(tmp_path / "1", SilentProgress()), MergeConfig(), **tuned)
+    monkeypatch.setattr(merge, "HELD_BYTES", 0)
+    passing = merge.merge_adapter(context(tmp_path / "2", SilentProgress()), MergeConfig(), **tuned)
+
+    assert [parity.onto for parity in passing.parity] == [parity.onto for parity in whole.parity]
+    for ours, theirs in zip(passing.parity, whole.parity, strict=True):
+        assert ours.kl.value == pytest.approx(theirs.kl.value, rel=1e-3, abs=1e-8)
+        assert ours.loss_adapter.value == pytest.approx(theirs.loss_adapter.value, rel=1e-5)
+        assert ours.loss_merged.value == pytest.approx(theirs.loss_merged.value, rel=1e-5)
