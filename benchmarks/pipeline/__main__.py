@@ -122,8 +122,10 @@ def _workload(work: Path, gsm8k: Path | None) -> Path:
     folder = work / "workload"
     command: list[str | Path] = [
         sys.executable, "-m", "benchmarks.training.making", "--out", folder,
-        "--rows", str(_WORKLOAD_ROWS), *(["--gsm8k", gsm8k] if gsm8k else []),
+        "--rows", str(_WORKLOAD_ROWS),
     ]  # fmt: skip
+    if gsm8k:
+        command += ["--gsm8k", gsm8k]
     subprocess.run(command, cwd=ROOT, check=True, env=preparation.environment(work))
     return folder
 

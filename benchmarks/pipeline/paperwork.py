@@ -51,8 +51,10 @@ class Stopwatch:
 def measure(workload: Path, num_steps: int) -> dict[str, Any]:
     """Train ``num_steps`` steps; return the seconds of each, and of the desk's part."""
     record, tell, save = Stopwatch(), Stopwatch(), Stopwatch()
-    Desk.record, Desk.tell = record.around(Desk.record), tell.around(Desk.tell)
-    SnapshotWriter.save = save.around(SnapshotWriter.save)
+    for owner, name, watch in (
+        (Desk, "record", record), (Desk, "tell", tell), (SnapshotWriter, "save", save)
+    ):  # fmt: skip
+        setattr(owner, name, watch.around(getattr(owner, name)))
     snapshots, steps = SnapshotConfig(), []
     with tempfile.TemporaryDirectory(dir=workload) as folder:
         journal = Journal(Path(folder) / "journal")

@@ -81,11 +81,11 @@ def at_first_read(then: Callable[[], None]) -> None:
     read = weights.read_tensor
 
     def first(*args: Any) -> torch.Tensor:
-        weights.read_tensor = read
+        setattr(weights, "read_tensor", read)  # noqa: B010  # a function in place of another
         then()
         return read(*args)
 
-    weights.read_tensor = first
+    setattr(weights, "read_tensor", first)  # noqa: B010
 
 
 def make(work: Path) -> None:
@@ -122,7 +122,7 @@ def fold(work: Path, onto: Any) -> None:
         watched.end("compare")
         return found
 
-    merge._measure_all = noting
+    setattr(merge, "_measure_all", noting)  # noqa: B010
     out = work / onto
     merge_adapter(
         stage_context(out),

@@ -90,7 +90,7 @@ class ModelWeights:
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the values of a tensor as safetensors stores them."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def read_tensor(file: BinaryIO, start: int, info: TensorInfo) -> Tensor:
