@@ -4,6 +4,7 @@
 #   make check   format, lint, types, import contracts
 #   make bench   training speed against other tools, each in an environment of its own; 45 minutes
 #   make bench-gpu   the same on a CUDA GPU, models of real shapes with random weights
+#   make bench-pipeline   everything of a run but training: start, data, merging, orchestration
 # The first call makes .venv; later ones start at once. Another Python: make PYTHON=python3.12 test
 
 SHELL := /bin/bash
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-fast check bench bench-gpu format clean env
+.PHONY: demo test test-fast check bench bench-gpu bench-pipeline format clean env
 
 env: $(READY)
 
@@ -56,6 +57,10 @@ bench: $(READY)
 # on a bare CUDA machine the same runs without this environment: python -m benchmarks.gpu
 bench-gpu: $(READY)
 	@$(BIN)/python -m benchmarks.gpu $(BENCH)
+
+# options: make bench-pipeline BENCH="--parts start,prepare"
+bench-pipeline: $(READY)
+	@$(BIN)/python -m benchmarks.pipeline $(BENCH)
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -7,29 +7,21 @@ else the machine does meets all of them.
 """
 
 import argparse
-import datetime
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
+from benchmarks.record import ROOT, WORK, as_stated, found_gsm8k, num_cores, say, store
 from benchmarks.training.environments import FAMILIES, Environments
 from benchmarks.training.gauge import MARK, Measurement
 from benchmarks.training.summary import OURS, Summary, summarise
 from benchmarks.training.table import table
 from benchmarks.training.workload import SETTINGS_FILE, Settings, open_workload
-
-ROOT = Path(__file__).parents[2]
-WORK, RESULTS = ROOT / "benchmarks" / ".work", ROOT / "benchmarks" / "results"
-_CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-"""What decides whether float32 or bfloat16 is the faster one on a CPU."""
-GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 
 
 @dataclass(frozen=True)
@@ -129,11 +121,6 @@ class Bench:
         return rates
 
 
-def say(text: str) -> None:
-    """Tell a person how far it is."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def main() -> int:
     """Run the benchmark; print the table and store the results."""
     options = _options()
@@ -147,7 +134,7 @@ def main() -> int:
         options,
         _workload(options),
         Environments(dict(options.python), say, has_cuda),
-        _num_cores(),
+        num_cores(),
     )
     bench.run()
     settings = open_workload(bench.workload).settings
@@ -162,7 +149,7 @@ def main() -> int:
 
 def _workload(options: argparse.Namespace) -> Path:
     """Return the workload's folder, made in a process of its own if need be."""
-    gsm8k = options.gsm8k or (GSM8K if GSM8K.exists() else None)
+    gsm8k = found_gsm8k(options.gsm8k)
     content = hashlib.sha256(gsm8k.read_bytes()).hexdigest() if gsm8k else "chats"
     code = "".join((Path(__file__).parent / name).read_text() for name in ("making.py", "chats.py"))
     key = hashlib.sha256(f"{content} {options.rows} {code}".encode()).hexdigest()[:12]
@@ -202,49 +189,15 @@ def _environment(system: str, *, is_shared: bool) -> dict[str, str]:
 
 
 def _store(bench: Bench, settings: Settings, summary: Summary) -> Path:
-    now = datetime.datetime.now(datetime.UTC)
-    given = {name: value for name, value in vars(bench.options).items() if name != "python"}
-    record: dict[str, Any] = {
-        "what": "training, ours against peers",
-        "date": now.isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "machine": _machine(bench.num_cores),
-        "options": {name: str(v) if isinstance(v, Path) else v for name, v in given.items()},
+    measured = {
+        "options": as_stated(vars(bench.options)),
         "workload": asdict(settings),
         "matrix_rates": bench.rates,
         "left_out": bench.left_out,
         "summary": asdict(summary),
         "rounds": [{name: asdict(m) for name, m in each.items()} for each in bench.rounds],
     }
-    folder = bench.options.out or RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
-    path: Path = folder / f"training-{now:%Y%m%d-%H%M%S}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    return path
-
-
-def _machine(num_cores: int) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    stated = {name.strip(): value.strip() for name, _, value in (li.partition(":") for li in lines)}
-    flags = set(stated.get("flags", "").split())
-    return {
-        "cpu": stated.get("model name") or platform.processor() or platform.machine(),
-        "cpu_features": [name for name in _CPU_FEATURES if name in flags],
-        "cores": num_cores,
-        "system": platform.system(),
-        "load_at_end": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-    }
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return store(bench.options.out, "training", "training, ours against peers", measured)
 
 
 def _has_cuda() -> bool:

@@ -149,7 +149,11 @@ class Gauge:
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory this process used: allocated on a GPU, else resident."""
+    """Return the most memory this process used: allocated on a GPU, else resident.
+
+    As `qlora_core.training.memory` does, and again on purpose: what peers' environments import must
+    need nothing of qlora_core's.
+    """
     import torch
 
     if torch.cuda.is_available():

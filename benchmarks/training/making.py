@@ -12,7 +12,6 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.training.chats import made_up_chats
 from benchmarks.training.workload import SETTINGS_FILE, Row, Settings, write_workload
@@ -49,21 +48,9 @@ def make_workload(folder: Path, wish: Wish) -> None:
     unfinished.rename(folder)
 
 
-def _context(folder: Path) -> Any:
-    from qlora_core.backends.in_process import InProcessLauncher
-    from qlora_core.backends.memory import MemoryRegistry, MemoryTracker, SilentProgress
-    from qlora_core.config import SnapshotConfig
-    from qlora_core.ports import Context
-
-    folder.mkdir(parents=True, exist_ok=True)
-    launcher = InProcessLauncher(SnapshotConfig())
-    return Context(
-        folder, folder / "scratch", MemoryTracker(), MemoryRegistry(), launcher, SilentProgress()
-    )
-
-
 def _quantize(folder: Path, wish: Wish) -> None:
     """Leave the checkpoint at `model/`, where transformers looks, and at `base/model`, for us."""
+    from benchmarks.stage_context import stage_context
     from qlora_core.config import ModelConfig, QuantizationConfig
     from qlora_core.sources import find_source
     from qlora_core.stages.quantize import quantize_base
@@ -71,13 +58,14 @@ def _quantize(folder: Path, wish: Wish) -> None:
     quantization = QuantizationConfig(compute_dtype="float32")
     model = ModelConfig(source=wish.model)
     quantize_base(
-        _context(folder / BASE_FOLDER), model, quantization, find_source(wish.model), None
+        stage_context(folder / BASE_FOLDER), model, quantization, find_source(wish.model), None
     )
     (folder / BASE_FOLDER / "model").rename(folder / "model")
     (folder / BASE_FOLDER / "model").symlink_to(Path("..", "model"), target_is_directory=True)
 
 
 def _prepare(folder: Path, wish: Wish) -> None:
+    from benchmarks.stage_context import stage_context
     from qlora_core.config import DatasetConfig, HeldoutConfig, ModelConfig
     from qlora_core.sources import find_source
     from qlora_core.stages.prepare import prepare_dataset
@@ -90,7 +78,7 @@ def _prepare(folder: Path, wish: Wish) -> None:
         heldout=HeldoutConfig(fraction=0.01),
     )
     prepare_dataset(
-        _context(folder / DATA_FOLDER),
+        stage_context(folder / DATA_FOLDER),
         dataset,
         ModelConfig(source=wish.model),
         find_source(str(source)),

@@ -5,16 +5,24 @@ than the model saw in pretraining. So labels come from character offsets: a toke
 shares a character with what the assistant says. Chats are tokenised without adding special tokens,
 as the template has written them; plain text gets what the tokenizer adds by itself, and the
 end-of-sequence token.
+
+The tokenizer's Rust core works without Python's lock, so the texts of a call are shared out among
+threads, one for each core, and come back in order: any number of threads gives the same bytes. Its
+own threads are left alone: whether they run is up to `TOKENIZERS_PARALLELISM`, and a process that
+has used them once must not fork.
 Dims: L tokens of a row.
 """
 
+import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import TokenizersBackend
 
 from qlora_core.data.chat import ChatRenderer, RenderedChat, Span
 from qlora_core.data.formats import BREAK, Content
@@ -23,6 +31,8 @@ from qlora_core.data.special_tokens import SpecialTokens
 from qlora_core.errors import ModelError
 
 Offsets = list[tuple[int, int]]
+_PLAIN = TokenizersBackend._encode_plus  # a few classes have their own, for layouts or Chinese
+_FEWEST = 64  # texts for which a thread is worth starting
 
 
 class UnbreakableError(ValueError):
@@ -49,12 +59,21 @@ class Encoder:
         stops: Texts of the tokens at which generation ends; the first is written where a template
             writes none.
         escape: Read special tokens in the text of rows as ordinary characters.
+        num_threads: That tokenise; none: one for each core this process may use. The result does
+            not depend on it.
 
     Raises:
         ModelError: The tokenizer is not a fast one, or there is no stop token.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], *, escape: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stops: Sequence[str],
+        *,
+        escape: bool,
+        num_threads: int | None = None,
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
                 f"{type(tokenizer).__name__} does not say which characters a token stands for.",
@@ -68,6 +87,8 @@ class Encoder:
         self.specials = SpecialTokens(tokenizer)
         self._tokenizer, self._stops, self._escape = tokenizer, tuple(stops), escape
         self._eos_id = int(tokenizer.convert_tokens_to_ids(self._stops[0]))
+        self._num_threads = num_threads or _num_cores()
+        self._is_plain = getattr(type(tokenizer), "_encode_plus", None) is _PLAIN
         self._renderer: ChatRenderer | None = None
         self._special_ids = {
             number for number, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -127,6 +148,24 @@ class Encoder:
     def _tokenize(self, texts: list[str], *, add_special: bool) -> list[tuple[list[int], Offsets]]:
         if not texts:
             return []
+        made = self._called(texts[:1], add_special)  # settles options that threads then only read
+        rest = texts[1:]
+        size = max(_FEWEST, -(-len(rest) // self._num_threads))
+        parts = [rest[at : at + size] for at in range(0, len(rest), size)]
+        with ThreadPoolExecutor(self._num_threads) as threads:
+            for part in threads.map(lambda part: self._encoded(part, add_special), parts):
+                made += part
+        return made
+
+    def _encoded(self, texts: list[str], add_special: bool) -> list[tuple[list[int], Offsets]]:
+        """Tokenise by the core itself, where the tokenizer's class adds nothing to it."""
+        if not self._is_plain:
+            return self._called(texts, add_special)
+        core = self._tokenizer.backend_tokenizer
+        made = core.encode_batch(texts, add_special_tokens=add_special)
+        return [(one.ids, one.offsets) for one in made]
+
+    def _called(self, texts: list[str], add_special: bool) -> list[tuple[list[int], Offsets]]:
         made = self._tokenizer(
             texts,
             add_special_tokens=add_special,
@@ -188,6 +227,10 @@ class Encoder:
         while start is not None and ids[:2] == [start, start]:
             ids = ids[1:]
         return ids
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tokens_of(span: Span, offsets: Offsets) -> tuple[int, int]:

@@ -159,7 +159,7 @@ def _compare_batch(
     adapter: Model, merged: Model, rows: Rows, batch: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Return (B, 4) sums over each row's supervised tokens: KL, agreement, both losses."""
-    device = next(merged.parameters()).device
+    device = _computes_on(merged)
     ids_BL, attention_BL, target_BL = (t.to(device) for t in _padded(rows, batch))
     is_target_BL = target_BL != IGNORED
     position_S = is_target_BL.any(0).nonzero()[:, 0]
@@ -175,6 +175,12 @@ def _compare_batch(
     sums_B4.index_add_(0, row_T, torch.stack(columns, dim=1))
     sums: NDArray[np.float64] = sums_B4.cpu().numpy()
     return sums
+
+
+def _computes_on(model: Model) -> torch.device:
+    """Return where a model computes: on the CPU, if its weights come only then (`passing`)."""
+    found = next(model.parameters()).device
+    return torch.device("cpu") if found.type == "meta" else found
 
 
 def _padded(rows: Rows, batch: NDArray[np.int64]) -> Iterator[Tensor]:

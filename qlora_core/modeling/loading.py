@@ -11,6 +11,8 @@ whatever the compute dtype: so the same base would answer differently on another
 that reads the packed bytes afterwards would read noise. `load_base` turns that off.
 """
 
+import copy
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,6 +37,7 @@ from qlora_core.errors import ArtifactError, ModelError, QLoraError
 from qlora_core.modeling.quiet import gguf_read_once
 from qlora_core.modeling.quiet import quiet as quiet  # also found here
 from qlora_core.modeling.vetting import vet_folder, vet_weights
+from qlora_core.modeling.weights import CheckpointWeights, ModelWeights
 from qlora_core.sources import Source
 
 UNLIMITED_CONTEXT = 1 << 30
@@ -69,10 +73,22 @@ def load_tokenizer(
     """
     place = _fetch(model, source, with_weights=False)
     with _said_our_way(model, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(place.folder, **place.options())
+        if place.gguf:
+            stat = (place.folder / place.gguf).stat()
+            kept = _gguf_tokenizer(place, stat.st_size, stat.st_mtime_ns)
+            tokenizer = copy.deepcopy(kept)  # callers change theirs
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(place.folder, **place.options())
     if template is not None:
         tokenizer.chat_template = template.local().read_text("utf-8")
     return tokenizer
+
+
+@functools.lru_cache(maxsize=1)
+def _gguf_tokenizer(place: _Place, _size: int, _modified: int) -> PreTrainedTokenizerBase:
+    """Read a tokenizer out of a GGUF file: seconds, and several stages of a run ask for it."""
+    with gguf_read_once():
+        return AutoTokenizer.from_pretrained(place.folder, **place.options())
 
 
 def context_length(model: ModelConfig, source: Source) -> int:
@@ -132,15 +148,65 @@ def load_original(model: ModelConfig, source: Source, dtype: torch.dtype | None)
         loaded, report = AutoModelForCausalLM.from_pretrained(
             place.folder, output_loading_info=True, **asked, **place.options()
         )
-    if absent := _absent_weights(report):
-        raise ModelError(
-            f"model.source={model.source!r} is incomplete: {len(absent)} weights are missing or of "
-            f"the wrong shape, the first {absent[0]!r}.",
-            why="transformers would start them at random.",
-            fix="Download the model again; if its config.json was edited, give it the sizes of the "
-            "weights (vocab_size and others) back.",
-        )
+    _require_whole(model, report)
     return _plain(loaded)
+
+
+def load_skeleton(
+    model: ModelConfig, source: Source
+) -> tuple[PreTrainedModel, CheckpointWeights] | None:
+    """Return the model on the meta device, without its weights, and where to read them.
+
+    Its parameters have the dtypes that `load_original` gives them. None where they cannot be read
+    under their own names, one at a time: a GGUF file, code of the model's own, or weights that
+    transformers renames or joins while it loads.
+
+    Raises:
+        ModelError: As in `load_original`.
+    """
+    place = _fetch(model, source, with_weights=True)
+    if place.gguf or any(place.folder.glob("*.py")):
+        return None
+    try:
+        weights = CheckpointWeights(place.folder)
+        infos = weights.infos()
+    except ArtifactError:
+        return None  # transformers may know what it is, or says what is wrong with it
+    state = {
+        name: torch.empty(info.shape, dtype=info.dtype, device="meta")
+        for name, info in infos.items()
+    }
+    with _said_our_way(model, "model"):
+        config = AutoConfig.from_pretrained(place.folder, **place.options())
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config))
+        # transformers takes tensors that are given only where no folder is
+        skeleton, report = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            device_map={"": "meta"},
+            dtype="auto",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        skeleton.generation_config = _generation_config(place.folder)
+    _require_whole(model, report)
+    wanted = ModelWeights(skeleton).infos()
+    is_plain = not getattr(skeleton, "_weight_conversions", None) and all(
+        name in infos and infos[name].shape == info.shape for name, info in wanted.items()
+    )
+    return (skeleton, weights) if is_plain else None
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    """Return a model's own settings, or else what its configuration says of them."""
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", _from_model_config=True
+        )
 
 
 def load_base(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -285,6 +351,17 @@ def _gguf_context_length(path: Path) -> int:
     metadata, _ = read_gguf_metadata(str(path))  # 1 s less than building a configuration
     stated = metadata.get(f"{metadata['general.architecture']}.context_length")
     return int(stated or UNLIMITED_CONTEXT)
+
+
+def _require_whole(model: ModelConfig, report: dict[str, Any]) -> None:
+    if absent := _absent_weights(report):
+        raise ModelError(
+            f"model.source={model.source!r} is incomplete: {len(absent)} weights are missing or of "
+            f"the wrong shape, the first {absent[0]!r}.",
+            why="transformers would start them at random.",
+            fix="Download the model again; if its config.json was edited, give it the sizes of the "
+            "weights (vocab_size and others) back.",
+        )
 
 
 def _absent_weights(report: dict[str, Any]) -> list[str]:

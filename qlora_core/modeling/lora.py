@@ -175,8 +175,18 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
             f"The adapter in {folder} cannot be loaded.",
             why=f"{type(error).__name__}: {error}",
         ) from error
+    _give_room(adapted)
     load_adapter_state(adapted, state)
     return adapted.requires_grad_(False).eval()
+
+
+def _give_room(model: PeftModel) -> None:
+    """Put an adapter on the CPU that PEFT made without memory, as its base has none (`passing`)."""
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta and ".lora_" in name:
+            owner, _, last = name.rpartition(".")
+            room = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+            model.get_submodule(owner).register_parameter(last, room)
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qlora_core.errors import ArtifactError, ModelError
+from qlora_core.modeling.heap import Stream
 from qlora_core.modeling.weights import TensorInfo, Weights, Written, write_checkpoint
 
 _PEFT_PREFIX = "base_model.model."
@@ -157,8 +158,10 @@ def write_merged(
     _require_targets(updates, stored)
     infos = {name: _as_written(info, dtype) for name, info in stored.items()}
     position = {name: i for i, name in enumerate(infos, start=1)}
+    stream = Stream()
 
     def merged(name: str) -> Tensor:
+        stream.passed(stored[name].size_bytes)  # before this one, the last has been let go of
         tensor = updates.apply(name, base.read(name)).to(infos[name].dtype)
         _require_finite(name, tensor)
         on_tensor(position[name], len(infos))

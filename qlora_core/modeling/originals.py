@@ -56,9 +56,10 @@ def _streamed(source: Source, like: Mapping[str, TensorInfo]) -> Weights | None:
         return None
     try:
         weights = CheckpointWeights(folder)
+        infos = weights.infos()
     except ArtifactError:
         return None  # not plain safetensors: load_original reads it, or says what is wrong
-    return weights if _same(weights.infos(), like) else None
+    return weights if _same(infos, like) else None
 
 
 def _same(infos: Mapping[str, TensorInfo], like: Mapping[str, TensorInfo]) -> bool:

@@ -16,7 +16,7 @@ Source: Dettmers et al. 2022, arXiv:2208.07339 (LLM.int8); 2023, arXiv:2305.1431
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,10 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_core.config import QuantizationConfig
 from qlora_core.errors import ConfigError, ModelError, storing
+from qlora_core.modeling.heap import Stream
 from qlora_core.modeling.loading import quiet
+from qlora_core.modeling.spool import Spool
+from qlora_core.modeling.weights import ModelWeights, Weights
 
 BLOCK = 64
 """Weights that share a scale in 4 bits."""
@@ -73,15 +76,73 @@ def quantize_model(
     for done, name in enumerate(chosen, start=1):
         layer: Any = model.get_submodule(name)
         num_quantized += layer.weight.numel()
-        errors[name] = _replace(model, name, layer, config, compute_dtype)
+        own = dict(layer.named_parameters(recurse=False))
+        made, errors[name] = _quantized(name, layer, own, config, compute_dtype)
+        model.set_submodule(name, made)
         on_layer(done, len(chosen), name)
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(compute_dtype)
-    model.config.dtype = compute_dtype
-    if chosen:
-        model.config.quantization_config = _describe(model, config, compute_dtype)
+    _describe(model, config, compute_dtype, is_quantized=bool(chosen))
     return Quantized(errors, num_parameters, num_quantized, left_whole, num_stacked)
+
+
+def quantize_streamed(
+    skeleton: PreTrainedModel,
+    weights: Weights,
+    config: QuantizationConfig,
+    compute_dtype: torch.dtype,
+    on_layer: OnLayer,
+    spool: Spool,
+) -> Quantized:
+    """Quantise a model of which no more than one module's weights are ever in memory.
+
+    The same as `quantize_model`, bit for bit; but what is made goes to ``spool``, and ``skeleton``
+    is left without linear layers where they were quantised.
+
+    Args:
+        skeleton: The model on the meta device.
+        weights: Its weights, under the names of its parameters.
+        config: As in `quantize_model`.
+        compute_dtype: As in `quantize_model`.
+        on_layer: Called after each layer that is quantised.
+        spool: Takes all tensors of the checkpoint.
+
+    Raises:
+        ConfigError: `quantization.skip` names a module that is not there.
+        ModelError: A weight is not finite, or the model has no linear layer.
+    """
+    num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    chosen, left_whole = layers_to_quantize(skeleton, config)
+    num_stacked = _num_stacked(skeleton)
+    errors: dict[str, float] = {}
+    num_quantized = 0
+    names = set(ModelWeights(skeleton).infos())  # tied weights once
+    stream = Stream()
+    for module_name, module in list(skeleton.named_modules()):
+        prefix = f"{module_name}." if module_name else ""
+        kinds = {
+            prefix + name: parameter.dtype
+            for name, parameter in module.named_parameters(recurse=False)
+            if prefix + name in names
+        }
+        own = {name: weights.read(name).to(dtype) for name, dtype in kinds.items()}
+        stream.passed(sum(tensor.nbytes for tensor in own.values()))
+        if module_name in chosen:
+            num_quantized += own[f"{prefix}weight"].numel()
+            plain = {name.removeprefix(prefix): tensor for name, tensor in own.items()}
+            layer, error = _quantized(module_name, module, plain, config, compute_dtype)
+            errors[module_name] = error
+            own = layer.state_dict(prefix=prefix)
+            skeleton.set_submodule(module_name, nn.Identity())
+            on_layer(len(errors), len(chosen), module_name)
+        else:
+            own = {name: _as_computed(tensor, compute_dtype) for name, tensor in own.items()}
+        for name, tensor in own.items():
+            spool.add(name, tensor)
+    _describe(skeleton, config, compute_dtype, is_quantized=bool(chosen))
+    return Quantized(errors, num_parameters, num_quantized, left_whole, num_stacked)
+
+
+def _as_computed(tensor: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    return tensor.to(compute_dtype) if tensor.is_floating_point() else tensor
 
 
 def layers_to_quantize(
@@ -150,9 +211,18 @@ def dequantized(layer: Any) -> Tensor:
 
 
 def save_checkpoint(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    spool: Spool | None = None,
 ) -> None:
     """Write weights, configuration and tokenizer; the same model makes the same bytes.
+
+    Args:
+        model: A whole model, or what `quantize_streamed` left of one.
+        tokenizer: Its tokenizer.
+        folder: Where the files go.
+        spool: Where the weights are, if they are not in the model.
 
     transformers writes down where a tokenizer and a model came from; that is left out, as it says
     nothing about them and differs between machines.
@@ -166,7 +236,11 @@ def save_checkpoint(
     for name in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)
     with quiet(), storing(folder):
-        model.save_pretrained(folder)
+        if spool is None:
+            model.save_pretrained(folder)
+        else:
+            model.save_pretrained(folder, state_dict={})  # all that is no weight
+            spool.write(folder)
         tokenizer.save_pretrained(folder)
 
 
@@ -175,27 +249,36 @@ def stored_bytes(folder: Path) -> int:
     return sum(_tensor_bytes(path) for path in folder.glob("*.safetensors"))
 
 
-def _replace(
-    model: PreTrainedModel,
+def _quantized(
     name: str,
     layer: Any,
+    own: Mapping[str, Tensor],
     config: QuantizationConfig,
     compute_dtype: torch.dtype,
-) -> float:
-    """Put a quantised layer in the place of ``layer`` and return its relative error."""
-    original_OI: Tensor = layer.weight.detach().float()
+) -> tuple[nn.Module, float]:
+    """Return a quantised layer for the place of ``layer``, and its relative error.
+
+    Args:
+        name: Of the layer, for the message.
+        layer: What kind it is.
+        own: Its weight, and its bias if it has one.
+        config: How to quantise.
+        compute_dtype: What it is dequantised to.
+    """
+    original_OI: Tensor = own["weight"].detach().float()
     if isinstance(layer, Conv1D):  # GPT-2's linear layer, which stores (I, O)
         original_OI = original_OI.T.contiguous()
     make = _int8_layer if config.method == "int8" else _four_bit_layer
-    replacement = make(original_OI, layer.bias, config, compute_dtype)
-    error = relative_error(dequantized(replacement), original_OI)
+    bias = own.get("bias")
+    bias = None if bias is None else bias.detach().to(compute_dtype)
+    made = make(original_OI, bias, config, compute_dtype)
+    error = relative_error(dequantized(made), original_OI)
     if not math.isfinite(error):
         raise ModelError(
             f"The weight of {name} holds NaN or infinity.",
             fix="The checkpoint is damaged or was trained to overflow; use another one.",
         )
-    model.set_submodule(name, replacement.train(layer.training))
-    return error
+    return made.train(layer.training), error
 
 
 def relative_error(approximate: Tensor, original: Tensor) -> float:
@@ -235,11 +318,26 @@ def _int8_layer(
 
 
 def _describe(
-    model: PreTrainedModel, config: QuantizationConfig, compute_dtype: torch.dtype
+    model: PreTrainedModel,
+    config: QuantizationConfig,
+    compute_dtype: torch.dtype,
+    *,
+    is_quantized: bool,
+) -> None:
+    """Cast what was left unquantised, and note what `from_pretrained` must know of both."""
+    for parameter in model.parameters():
+        parameter.data = _as_computed(parameter.data, compute_dtype)
+    model.config.dtype = compute_dtype
+    if is_quantized:
+        kept = [name for name, m in model.named_modules() if type(m) is nn.Linear]
+        kept += [name for name, m in model.named_modules() if isinstance(m, Conv1D)]
+        model.config.quantization_config = _stored_as(config, kept, compute_dtype)
+
+
+def _stored_as(
+    config: QuantizationConfig, kept: list[str], compute_dtype: torch.dtype
 ) -> BitsAndBytesConfig:
-    """Return what `from_pretrained` must know to build the same layers again."""
-    kept = [name for name, m in model.named_modules() if type(m) is nn.Linear]
-    kept += [name for name, m in model.named_modules() if isinstance(m, Conv1D)]
+    """Return what builds the same layers again; those that were kept stay as they are."""
     if config.method == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(

@@ -1,11 +1,13 @@
 """Read and write the tensors of a checkpoint one at a time, 4-bit ones dequantised on the way.
 
 A merge must not need the memory of the model: a 70B model is 140 GB in 16 bits, one of its layers
-0.5 GB. So nothing here loads a model. Reading opens the safetensors files lazily; a bitsandbytes
-weight lies there in parts (`w`, `w.absmax`, `w.nested_absmax`, `w.quant_map`, ...) and is put
-together and dequantised when asked for. Writing knows all sizes beforehand, so it writes each
-file's header first and then streams the tensors behind it; by hand, because the library's
-`save_file` wants all tensors of a file at once and turns a full disk into an error of its own kind.
+0.5 GB. So nothing here loads a model, nor maps one: pages of a mapped file stay with the process
+until the file is closed, so reading all of it would weigh as much as loading it. Reading notes
+where each tensor lies and reads its bytes when asked; a bitsandbytes weight lies there in parts
+(`w`, `w.absmax`, `w.nested_absmax`, `w.quant_map`, ...) and is put together and dequantised.
+Writing knows all sizes beforehand, so it writes each file's header first and then streams the
+tensors behind it; by hand, because the library's `save_file` wants all tensors of a file at once
+and turns a full disk into an error of its own kind.
 
 Format: https://github.com/huggingface/safetensors#format
 Dims: O out features, I in features.
@@ -15,9 +17,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import BinaryIO, Protocol
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -84,8 +87,52 @@ class ModelWeights:
         return self._tensors[name].detach().cpu().clone()
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the values of a tensor as safetensors stores them."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def read_tensor(file: BinaryIO, start: int, info: TensorInfo) -> Tensor:
+    """Return the tensor whose bytes begin at ``start`` of a file.
+
+    Raises:
+        ArtifactError: The file ends before the tensor does.
+    """
+    file.seek(start)
+    read = np.fromfile(file, np.uint8, info.size_bytes)
+    if read.nbytes != info.size_bytes:
+        raise ArtifactError(
+            f"{file.name} ends {info.size_bytes - read.nbytes} bytes before the tensor does that "
+            f"starts at byte {start}."
+        )
+    return torch.from_numpy(read).view(info.dtype).reshape(info.shape)
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    """Where a tensor lies."""
+
+    path: Path
+    start: int
+    """First byte of its values in the file."""
+    dtype: str
+    """As safetensors names it."""
+    shape: tuple[int, ...]
+
+    def info(self, name: str) -> TensorInfo:
+        if self.dtype not in _DTYPES:
+            known = ", ".join(_DTYPES)
+            raise ArtifactError(f"{self.path} stores {name} as {self.dtype}, none of {known}.")
+        return TensorInfo(self.shape, _DTYPES[self.dtype])
+
+    def read(self, name: str) -> Tensor:
+        with self.path.open("rb") as file:
+            return read_tensor(file, self.start, self.info(name))
+
+
 class CheckpointWeights:
-    """The weights in a folder of safetensors files, opened only when read.
+    """The weights in a folder of safetensors files, read only when asked for.
 
     Args:
         folder: A transformers checkpoint: one safetensors file, or several with an index.
@@ -95,22 +142,19 @@ class CheckpointWeights:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._file_of = _stored_names(folder)
-        # opening parses a header of thousands of names, so files stay open (mapped, not read)
-        self._opened: dict[Path, Any] = {}
+        self._stored_in = _stored_tensors(folder)
         self._quant_state_of = {
-            name.split(_QUANT_STATE)[0]: name for name in self._file_of if _QUANT_STATE in name
+            name.split(_QUANT_STATE)[0]: name for name in self._stored_in if _QUANT_STATE in name
         }
         self._scale_of = {
             f"{name.removesuffix(_SCB)}.weight": name
-            for name in self._file_of
+            for name in self._stored_in
             if name.endswith(_SCB)
         }
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Return name, shape and dtype of every tensor as `read` gives it."""
-        names = sorted(name for name in self._file_of if not self._is_part(name))
+        names = sorted(name for name in self._stored_in if not self._is_part(name))
         return {name: self._info(name) for name in names}
 
     def read(self, name: str) -> Tensor:
@@ -131,12 +175,11 @@ class CheckpointWeights:
     def _info(self, name: str) -> TensorInfo:
         if name in self._quant_state_of:
             return _unpacked_info(self._stored(self._quant_state_of[name]))
-        view = self._open(name).get_slice(name)
-        shape, dtype = tuple(view.get_shape()), _DTYPES[view.get_dtype()]
-        return TensorInfo(shape, torch.float32 if name in self._scale_of else dtype)
+        info = self._stored_in[name].info(name)
+        return TensorInfo(info.shape, torch.float32) if name in self._scale_of else info
 
     def _dequantized_4bit(self, name: str) -> Tensor:
-        parts = [part for part in self._file_of if part.startswith(f"{name}.")]
+        parts = [part for part in self._stored_in if part.startswith(f"{name}.")]
         state = bnb.QuantState.from_dict(
             {part: self._stored(part) for part in parts}, device=torch.device("cpu")
         )
@@ -144,14 +187,7 @@ class CheckpointWeights:
         return weight_OI
 
     def _stored(self, name: str) -> Tensor:
-        tensor: Tensor = self._open(name).get_tensor(name)
-        return tensor
-
-    def _open(self, name: str) -> Any:
-        path = self._folder / self._file_of[name]
-        if path not in self._opened:
-            self._opened[path] = _opened(path)
-        return self._opened[path]
+        return self._stored_in[name].read(name)
 
 
 @dataclass(frozen=True)
@@ -229,8 +265,7 @@ def _write_shard(
                     f"{name} is {tensor.dtype} {tuple(tensor.shape)}, "
                     f"but {info.dtype} {info.shape} was announced."
                 )
-            flat = tensor.cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+            file.write(bytes_of(tensor))
 
 
 def _header(infos: Mapping[str, TensorInfo]) -> bytes:
@@ -248,24 +283,38 @@ def _header(infos: Mapping[str, TensorInfo]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _stored_names(folder: Path) -> dict[str, Path]:
-    """Return which file of ``folder`` holds each stored tensor."""
+def _stored_tensors(folder: Path) -> dict[str, _StoredTensor]:
+    """Return where in the files of ``folder`` each stored tensor lies."""
     index = folder / INDEX_FILE
-    if index.is_file():
-        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        missing = sorted({file for file in file_of.values() if not (folder / file).is_file()})
-        if missing:
-            raise ArtifactError(f"{folder} lacks {', '.join(missing)}, which its index names.")
-        return {name: Path(file) for name, file in file_of.items()}
-    with _opened(folder / SINGLE_FILE) as file:
-        return {name: Path(SINGLE_FILE) for name in file.keys()}  # noqa: SIM118  # not a dict
+    if not index.is_file():
+        return _header_of(folder / SINGLE_FILE)
+    file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    missing = sorted({file for file in file_of.values() if not (folder / file).is_file()})
+    if missing:
+        raise ArtifactError(f"{folder} lacks {', '.join(missing)}, which its index names.")
+    headers = {file: _header_of(folder / file) for file in sorted(set(file_of.values()))}
+    if absent := sorted(name for name, file in file_of.items() if name not in headers[file]):
+        raise ArtifactError(
+            f"{folder / file_of[absent[0]]} lacks {absent[0]!r}, which the index says it holds "
+            f"({len(absent)} such tensors)."
+        )
+    return {name: headers[file][name] for name, file in file_of.items()}
 
 
-def _opened(path: Path) -> safe_open:
+def _header_of(path: Path) -> dict[str, _StoredTensor]:
+    """Read a file's header, after the library has found it sound and the file long enough."""
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        with safe_open(path, framework="pt", device="cpu"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read as safetensors: {error}.") from error
+    header.pop("__metadata__", None)
+    return {
+        name: _StoredTensor(path, 8 + size + entry["data_offsets"][0], entry["dtype"],
+                            tuple(entry["shape"]))
+        for name, entry in header.items()
+    }  # fmt: skip
 
 
 def _unpacked_info(packed: Tensor) -> TensorInfo:

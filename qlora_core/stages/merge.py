@@ -27,18 +27,22 @@ from qlora_core.artifacts import (
 from qlora_core.config import MergeConfig, ModelConfig
 from qlora_core.data.prepared import read_split
 from qlora_core.errors import ArtifactError
-from qlora_core.evaluation.parity import measure_parity
+from qlora_core.evaluation.parity import Model, measure_parity
 from qlora_core.modeling.dense import dense_weights
 from qlora_core.modeling.loading import load_base, quiet
 from qlora_core.modeling.lora import load_adapter
 from qlora_core.modeling.merge import copy_companions, read_updates, write_merged
 from qlora_core.modeling.originals import open_original
+from qlora_core.modeling.passing import open_passing
 from qlora_core.modeling.weights import CheckpointWeights, Weights
 from qlora_core.ports import Context, Progress, stage
 from qlora_core.sources import Source
 
 Onto = Literal["dequantized", "original"]
 _NAME = "merge_adapter"
+HELD_BYTES = 2_000_000_000
+"""Two models that take no more in float32 are compared in memory; of larger ones, on a CPU, only
+the weights that compute at the moment are there."""
 
 
 @dataclass(frozen=True)
@@ -172,15 +176,17 @@ def _build(
 
 def _measure_all(ctx: Context, inputs: _Inputs, ways: tuple[Onto, ...]) -> tuple[Parity, ...]:
     """Return the parity of each way, the nearest to the tuned model first."""
-    tuned = load_adapter(load_base(inputs.base.path, inputs.device), inputs.adapter.path)
     rows = read_split(inputs.data.path, "heldout")
+    passing = _tuned_passing(ctx, inputs)
+    tuned = passing or load_adapter(load_base(inputs.base.path, inputs.device), inputs.adapter.path)
     parities = []
     with dense_weights(tuned):  # it answers many batches, and dequantises once
         for number, way in enumerate(ways):
             report = _share(ctx.progress, len(ways) + number, 2 * len(ways))
+            merged = open_passing(ctx.scratch / way) if passing is not None else None
             parity = measure_parity(
                 tuned,
-                _load_merged(ctx.scratch / way, inputs),  # gone again before the next is loaded
+                merged or _load_merged(ctx.scratch / way, inputs),  # gone before the next comes
                 rows,
                 onto=way,
                 max_rows=inputs.merge.parity_rows,
@@ -189,6 +195,23 @@ def _measure_all(ctx: Context, inputs: _Inputs, ways: tuple[Onto, ...]) -> tuple
             )
             parities.append(parity)
     return tuple(sorted(parities, key=lambda parity: parity.kl.value))
+
+
+def _tuned_passing(ctx: Context, inputs: _Inputs) -> Model | None:
+    """Return the tuned model with weights that come and go, where it is too large to be held."""
+    stored = CheckpointWeights(inputs.base.path / "model").infos().values()
+    size_bytes = sum(4 * torch.Size(info.shape).numel() for info in stored)
+    if inputs.device.type != "cpu" or 2 * size_bytes <= HELD_BYTES:
+        return None
+    is_float32 = inputs.base.facts.compute_dtype == "float32"
+    opened = open_passing(inputs.base.path / "model", inputs.adapter.path) if is_float32 else None
+    if opened is None:
+        ctx.progress.say(
+            _NAME,
+            f"the comparison loads two models whole ({2 * size_bytes / 1e9:.1f} GB): their weights "
+            "cannot be read one at a time",
+        )
+    return opened
 
 
 def _load_merged(folder: Path, inputs: _Inputs) -> PreTrainedModel:

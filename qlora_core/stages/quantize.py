@@ -1,8 +1,10 @@
 """Stage `quantize_base`: from the model as published to the frozen base everybody loads.
 
 After it, no stage and no worker opens the 16-bit model again (merging onto the original weights
-apart). Peak memory is the original model plus one layer: each layer's float weight is freed as soon
-as its quantised one stands in its place.
+apart). The model passes through memory one module at a time, so a model that is larger than memory
+can be quantised. Where its weights cannot be read one at a time (a GGUF file, say) it is loaded
+whole, and that is said; peak memory is then the original model plus one layer, as each layer's
+float weight is freed once its quantised one stands in its place. Both ways make the same bytes.
 """
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,14 +13,21 @@ from qlora_core.artifacts import QuantizedBase
 from qlora_core.config import ModelConfig, QuantizationConfig
 from qlora_core.errors import ModelError
 from qlora_core.modeling.dtypes import dtype_name, present_device_type, resolve_compute_dtype
-from qlora_core.modeling.loading import context_length_of, load_original, load_tokenizer
+from qlora_core.modeling.loading import (
+    context_length_of,
+    load_original,
+    load_skeleton,
+    load_tokenizer,
+)
 from qlora_core.modeling.quantization import (
     BLOCK,
     Quantized,
     quantize_model,
+    quantize_streamed,
     save_checkpoint,
     stored_bytes,
 )
+from qlora_core.modeling.spool import Spool
 from qlora_core.ports import Context, stage
 from qlora_core.sources import Source
 
@@ -55,16 +64,26 @@ def quantize_base(
     compute_dtype = resolve_compute_dtype(quantization.compute_dtype, present_device_type())
     tokenizer = load_tokenizer(model, source, template)
     ctx.progress.say(NAME, f"opening {source.uri}")
-    loaded = load_original(model, source, None)
-    _check_vocabulary(loaded, tokenizer)
-    result = quantize_model(
-        loaded,
-        quantization,
-        compute_dtype,
-        lambda i, n, name: ctx.progress.update(NAME, i, n, name),
-    )
+
+    def on_layer(done: int, total: int, name: str) -> None:
+        ctx.progress.update(NAME, done, total, name)
+
     folder = ctx.out / "model"
-    save_checkpoint(loaded, tokenizer, folder)
+    found = load_skeleton(model, source)
+    if found is not None:
+        loaded, weights = found
+        _check_vocabulary(loaded, tokenizer)
+        with Spool(ctx.scratch) as spool:
+            result = quantize_streamed(
+                loaded, weights, quantization, compute_dtype, on_layer, spool
+            )
+            save_checkpoint(loaded, tokenizer, folder, spool)
+    else:
+        ctx.progress.say(NAME, "its weights cannot be read one at a time: it is loaded whole")
+        loaded = load_original(model, source, None)
+        _check_vocabulary(loaded, tokenizer)
+        result = quantize_model(loaded, quantization, compute_dtype, on_layer)
+        save_checkpoint(loaded, tokenizer, folder)
     return _facts(
         loaded, result, model, quantization.method, dtype_name(compute_dtype), stored_bytes(folder)
     )

@@ -253,3 +253,42 @@ def test_smollm2s_own_template_is_masked_right(smollm2_tokenizer, turns):
 @pytest.fixture(scope="module")
 def smollm2_tokenizer(smollm2_gguf):
     return AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+
+
+def test_any_number_of_threads_gives_the_same_tokens_in_the_same_order():
+    tokenizer = byte_tokenizer(CHATML)
+    chats = [
+        (Turn("user", f"What is {n} plus two?" * (n % 7 + 1)), Turn("assistant", "four" * (n % 5)))
+        for n in range(300)
+    ]
+
+    def encoded(num_threads: int):
+        encoder = Encoder(tokenizer, ["<|im_end|>"], escape=True, num_threads=num_threads)
+        rendered = [encoder.render(chat) for chat in chats]
+        return encoder.encode(rendered, as_chat=True), encoder.encode_prompts(rendered)
+
+    rows, prompts = encoded(1)
+
+    for num_threads in (2, 3, 16):
+        others, other_prompts = encoded(num_threads)
+        assert other_prompts == prompts
+        for row, other in zip(rows, others, strict=True):
+            assert row.ids_L.tolist() == other.ids_L.tolist()
+            assert row.labels_L.tolist() == other.labels_L.tolist()
+    whole = tokenizer.apply_chat_template(
+        [[turn._asdict() for turn in chat] for chat in chats], return_dict=False
+    )
+    assert [row.ids_L.tolist() for row in rows] == whole
+
+
+def test_a_tokenizer_set_to_cut_and_to_pad_does_neither_here():
+    tokenizer = byte_tokenizer(CHATML)
+    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer(["some", "some text"], truncation=True, max_length=4, padding=True)
+    encoder = Encoder(tokenizer, ["<|im_end|>"], escape=True)
+    chats = [(Turn("user", "word " * n), Turn("assistant", "four")) for n in (1, 30, 60, 5)]
+
+    rows = encoder.encode([encoder.render(chat) for chat in chats], as_chat=True)
+
+    lengths = [len(row.ids_L) for row in rows]
+    assert lengths[2] > lengths[1] > lengths[3] > lengths[0] > 4

@@ -20,6 +20,7 @@ from qlora_core.modeling.loading import (
     load_merged,
     load_original,
     load_saved_tokenizer,
+    load_skeleton,
     load_tokenizer,
     quiet,
 )
@@ -296,3 +297,37 @@ def test_a_model_whose_sizes_are_not_those_of_its_weights_is_refused_with_the_we
 
     with pytest.raises(ModelError, match=r"wrong shape, the first 'model.embed_tokens.weight'"):
         opened(copy)
+
+
+@pytest.mark.e2e
+def test_a_gguf_s_tokenizer_that_somebody_changed_is_unchanged_for_the_next(smollm2_gguf):
+    first = load_tokenizer(*named(smollm2_gguf), None)
+    first.chat_template = "nothing"
+    first.add_tokens(["<|extra|>"])
+
+    second = load_tokenizer(*named(smollm2_gguf), None)
+
+    assert "<|im_start|>" in second.chat_template
+    assert len(second) == len(first) - 1
+
+
+def test_a_skeleton_has_the_shapes_and_dtypes_of_the_model_and_none_of_its_memory(copy):
+    found = load_skeleton(*named(copy))
+    whole = load_original(*named(copy), None)
+
+    assert found is not None
+    skeleton, weights = found
+    ours, theirs = dict(skeleton.named_parameters()), dict(whole.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(parameter.is_meta for parameter in ours.values())
+    for name, parameter in theirs.items():
+        assert (ours[name].shape, ours[name].dtype) == (parameter.shape, parameter.dtype)
+        assert torch.equal(weights.read(name), parameter)
+    assert skeleton.generation_config.to_dict() == whole.generation_config.to_dict()
+
+
+def test_a_model_with_code_of_its_own_has_no_skeleton(copy):
+    bring_own_code(copy)
+    pinned = ModelConfig(source=str(copy), trust_remote_code=True, revision="0" * 40)
+
+    assert load_skeleton(pinned, find_source(str(copy))) is None

@@ -30,6 +30,7 @@ from qlora_core.modeling.merge import (
     read_updates,
     write_merged,
 )
+from qlora_core.modeling.spool import Spool
 from qlora_core.modeling.weights import (
     CheckpointWeights,
     ModelWeights,
@@ -417,3 +418,50 @@ def test_the_header_is_padded_so_that_tensors_are_aligned(tmp_path):
     assert header_bytes % 8 == 0
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_an_index_that_names_what_its_file_lacks_is_refused(tiny_llama, tmp_path):
+    trained(load(tiny_llama), tmp_path / "adapter")
+    many = tmp_path / "many"
+    merge_to(tiny_llama, tmp_path / "adapter", many, max_shard_bytes=50_000)
+    index = json.loads((many / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.nothing.weight"] = next(iter(index["weight_map"].values()))
+    (many / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    with pytest.raises(ArtifactError, match=r"lacks 'model\.nothing\.weight'"):
+        CheckpointWeights(many)
+
+
+def test_a_file_cut_short_after_it_was_opened_is_told(tmp_path):
+    save_file({"a": torch.ones(4), "b": torch.ones(1000)}, tmp_path / "model.safetensors")
+    weights = CheckpointWeights(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-400])
+
+    assert torch.equal(weights.read("a"), torch.ones(4))
+    with pytest.raises(ArtifactError, match="ends 400 bytes before"):
+        weights.read("b")
+
+
+def test_a_type_that_is_not_known_is_named_when_it_is_asked_for(tmp_path):
+    eight_bits = torch.ones(4).to(torch.float8_e4m3fn)
+    save_file({"a": eight_bits}, tmp_path / "model.safetensors")
+
+    with pytest.raises(ArtifactError, match="stores a as F8_E4M3"):
+        CheckpointWeights(tmp_path).infos()
+
+
+def test_what_is_spooled_becomes_the_bytes_that_safetensors_itself_writes(tmp_path):
+    dtypes = (torch.float32, torch.uint8, torch.bfloat16, torch.int64, torch.bool, torch.int8)
+    tensors = {f"{n}.weight": torch.ones(n + 1, 3).to(dtype) for n, dtype in enumerate(dtypes)}
+    (tmp_path / "spooled").mkdir()
+
+    with Spool(tmp_path) as spool:
+        for name in sorted(tensors, reverse=True):
+            spool.add(name, tensors[name])
+        spool.write(tmp_path / "spooled")
+
+    save_file(tensors, tmp_path / "whole.safetensors", metadata={"format": "pt"})
+    spooled = (tmp_path / "spooled" / "model.safetensors").read_bytes()
+    assert spooled == (tmp_path / "whole.safetensors").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["spooled", "whole.safetensors"]

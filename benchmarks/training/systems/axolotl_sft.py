@@ -4,7 +4,6 @@ Rows come tokenised; a plugin puts the gauge on its trainer.
 """
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from axolotl.cli.train import do_cli
 from axolotl.integrations.base import BasePlugin
 
 from benchmarks.training.gauge import Gauge
-from benchmarks.training.systems.order import take_order
+from benchmarks.training.systems.order import fulfil
 from benchmarks.training.systems.trainer import OnTrainer
 from benchmarks.training.workload import Workload
 
@@ -29,17 +28,9 @@ class GaugePlugin(BasePlugin):  # type: ignore[misc]
         return [OnTrainer(_GAUGES[0])]
 
 
-def main() -> None:
-    """Train and report."""
-    workload, gauge = take_order()
-    _GAUGES.append(gauge)
-    with tempfile.TemporaryDirectory() as folder:
-        train(workload, gauge, Path(folder))
-    gauge.report()
-
-
 def train(workload: Workload, gauge: Gauge, folder: Path) -> None:
     """Train ``gauge``'s steps."""
+    _GAUGES.append(gauge)
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for row in workload.rows():
             mask = [1] * len(row.input_ids)
@@ -91,4 +82,4 @@ def _config(workload: Workload, gauge: Gauge, folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     from benchmarks.training.systems import axolotl_sft  # by the name under which axolotl finds it
 
-    axolotl_sft.main()
+    fulfil(axolotl_sft.train)

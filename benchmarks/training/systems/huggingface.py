@@ -8,7 +8,6 @@ of an epoch. The batches trained here are those of transformers' own sampler, bu
 the first 50.
 """
 
-import tempfile
 from pathlib import Path
 
 import torch
@@ -25,19 +24,11 @@ from transformers import (
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from benchmarks.training.gauge import Gauge
-from benchmarks.training.systems.order import take_order
+from benchmarks.training.systems.order import fulfil
 from benchmarks.training.systems.trainer import OnTrainer, arguments, dataset
 from benchmarks.training.workload import Workload, spread_evenly
 
 _SORTED_AT_ONCE = 50  # batches; transformers' own number
-
-
-def main() -> None:
-    """Train and report."""
-    workload, gauge = take_order()
-    with tempfile.TemporaryDirectory() as folder:
-        train(workload, gauge, Path(folder))
-    gauge.report()
 
 
 def train(workload: Workload, gauge: Gauge, folder: Path) -> None:
@@ -79,4 +70,4 @@ def _rows(workload: Workload, gauge: Gauge) -> Dataset:
 
 
 if __name__ == "__main__":
-    main()
+    fulfil(train)

@@ -9,27 +9,19 @@ import importlib.machinery
 import importlib.util
 import json
 import sys
-import tempfile
 import types
 from pathlib import Path
 from typing import Any
 
 from benchmarks.training.gauge import Gauge
-from benchmarks.training.systems.order import take_order
+from benchmarks.training.systems.order import fulfil
 from benchmarks.training.workload import Row, Workload
-
-
-def main() -> None:
-    """Train and report."""
-    workload, gauge = take_order()
-    _do_without_audio(gauge)
-    with tempfile.TemporaryDirectory() as folder:
-        train(workload, gauge, Path(folder))
-    gauge.report()
 
 
 def train(workload: Workload, gauge: Gauge, folder: Path) -> None:
     """Train ``gauge``'s steps."""
+    if do_without_audio():
+        gauge.notes.append("torchaudio is not there for this build of torch; text needs none.")
     from llamafactory.train.tuner import run_exp
 
     from benchmarks.training.systems.trainer import OnTrainer, arguments
@@ -76,14 +68,15 @@ def _give_rows(rows: list[Row], folder: Path) -> None:
     (folder / "dataset_info.json").write_text(json.dumps(info), "utf-8")
 
 
-def _do_without_audio(gauge: Gauge) -> None:
+def do_without_audio() -> bool:
     """Stand in for torchaudio, which it imports, where there is none for this build of torch."""
-    if importlib.util.find_spec("torchaudio") is None:
-        stand_in = types.ModuleType("torchaudio")
-        stand_in.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
-        sys.modules["torchaudio"] = stand_in
-        gauge.notes.append("torchaudio is not there for this build of torch; text needs none.")
+    if importlib.util.find_spec("torchaudio") is not None:
+        return False
+    stand_in = types.ModuleType("torchaudio")
+    stand_in.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+    sys.modules["torchaudio"] = stand_in
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    fulfil(train)

@@ -1,10 +1,23 @@
 """What the runner orders from a system: which one, on what, how many steps."""
 
 import argparse
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.training.gauge import Gauge
 from benchmarks.training.workload import Workload, open_workload
+
+Train = Callable[[Workload, Gauge, Path], None]
+"""Trains the gauge's steps; the folder is for whatever comes up, and is gone afterwards."""
+
+
+def fulfil(train: Train) -> None:
+    """Do what a system's process is for: read the order, train, report."""
+    workload, gauge = take_order()
+    with tempfile.TemporaryDirectory() as folder:
+        train(workload, gauge, Path(folder))
+    gauge.report()
 
 
 def take_order() -> tuple[Workload, Gauge]:

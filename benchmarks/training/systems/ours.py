@@ -4,13 +4,12 @@ Nothing is left out: snapshots (none is due so soon), the journal and the look a
 part of it. It is stopped right after the last measured step, as held-out rows would come next.
 """
 
-import tempfile
 from pathlib import Path
 
 import torch
 
 from benchmarks.training.gauge import Count, Gauge
-from benchmarks.training.systems.order import take_order
+from benchmarks.training.systems.order import fulfil
 from benchmarks.training.workload import Row, Workload
 from qlora_core.config import (
     AdapterConfig,
@@ -26,14 +25,6 @@ from qlora_core.training.worker import run_worker
 
 class Enough(Exception):  # noqa: N818
     """All that is measured has been trained."""
-
-
-def main() -> None:
-    """Train and report."""
-    workload, gauge = take_order()
-    with tempfile.TemporaryDirectory() as folder:
-        train(workload, gauge, Path(folder))
-    gauge.report()
 
 
 def train(workload: Workload, gauge: Gauge, folder: Path) -> None:
@@ -86,4 +77,4 @@ def _count(metrics: StepMetrics, rows: list[Row]) -> Count:
 
 
 if __name__ == "__main__":
-    main()
+    fulfil(train)

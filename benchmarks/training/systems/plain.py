@@ -1,23 +1,18 @@
 """A plain loop over padded rows with transformers and PEFT: what many a script looks like."""
 
+from pathlib import Path
+
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.training.gauge import Gauge
-from benchmarks.training.systems.order import take_order
+from benchmarks.training.systems.order import fulfil
 from benchmarks.training.workload import IGNORED, Row, Settings, Workload
 
 
-def main() -> None:
-    """Train and report."""
-    workload, gauge = take_order()
-    train(workload, gauge)
-    gauge.report()
-
-
-def train(workload: Workload, gauge: Gauge) -> None:
+def train(workload: Workload, gauge: Gauge, _: Path) -> None:
     """Train ``gauge``'s steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = AutoModelForCausalLM.from_pretrained(workload.model, device_map={"": device})
@@ -63,4 +58,4 @@ def padded(rows: list[Row], pad_id: int) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    main()
+    fulfil(train)

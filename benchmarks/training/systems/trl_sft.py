@@ -4,7 +4,6 @@ As it is: bfloat16 autocasting on, and the adapter of a quantised base cast to b
 variant undoes both, so its numbers can be compared. Packing is TRL's best fit, without padding.
 """
 
-import tempfile
 from pathlib import Path
 
 import torch
@@ -14,17 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.training.gauge import Gauge
-from benchmarks.training.systems.order import take_order
+from benchmarks.training.systems.order import fulfil
 from benchmarks.training.systems.trainer import OnTrainer, arguments, dataset
 from benchmarks.training.workload import Workload
-
-
-def main() -> None:
-    """Train and report."""
-    workload, gauge = take_order()
-    with tempfile.TemporaryDirectory() as folder:
-        train(workload, gauge, Path(folder))
-    gauge.report()
 
 
 def train(workload: Workload, gauge: Gauge, folder: Path) -> None:
@@ -73,4 +64,4 @@ def _start_alike(model: PeftModel, workload: Workload, in_float32: bool) -> None
 
 
 if __name__ == "__main__":
-    main()
+    fulfil(train)

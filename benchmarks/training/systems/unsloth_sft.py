@@ -1,6 +1,5 @@
 """Unsloth, on a CUDA GPU: its model class and kernels under TRL's trainer, as its guides do it."""
 
-import tempfile
 from pathlib import Path
 
 from unsloth import FastLanguageModel  # isort: skip  # patches the others, so it comes first
@@ -9,17 +8,9 @@ from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.training.gauge import Gauge
-from benchmarks.training.systems.order import take_order
+from benchmarks.training.systems.order import fulfil
 from benchmarks.training.systems.trainer import OnTrainer, arguments, dataset
 from benchmarks.training.workload import Workload
-
-
-def main() -> None:
-    """Train and report."""
-    workload, gauge = take_order()
-    with tempfile.TemporaryDirectory() as folder:
-        train(workload, gauge, Path(folder))
-    gauge.report()
 
 
 def train(workload: Workload, gauge: Gauge, folder: Path) -> None:
@@ -51,4 +42,4 @@ def train(workload: Workload, gauge: Gauge, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    fulfil(train)

@@ -1,0 +1,80 @@
+"""The made-up model, and how results are told."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.pipeline.__main__ import (
+    orchestration_lines,
+    preparation_lines,
+    start_lines,
+    streaming_lines,
+)
+from benchmarks.pipeline.orchestration import Orchestration
+from benchmarks.pipeline.preparation import Line, Preparation
+from benchmarks.pipeline.preparers.order import Prepared
+from benchmarks.pipeline.sharded import Size, write_model
+from benchmarks.pipeline.starting import Starting
+from benchmarks.pipeline.streaming import Peak, Streaming
+from benchmarks.record import as_stated
+from benchmarks.training.summary import Spread
+
+FEW = Spread(2.0, 1.0, 4.0)
+BOTH = {"stage": FEW, "tokenise": FEW}
+
+
+def test_the_made_up_model_loads_and_fills_several_files(tmp_path):
+    size = Size(num_layers=2, hidden=32, intermediate=64, vocabulary=64)
+
+    num_files = write_model(tmp_path, size, shard_bytes=10_000)
+
+    assert num_files == len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert loaded.dtype == torch.bfloat16
+
+
+def test_what_is_timed_counts_its_own_seconds():
+    found = Prepared("ours")
+
+    with found.timed("stage"):
+        sum(range(3_000_000))
+
+    assert 0 < found.cpu_s["stage"] < 60
+    assert found.wall_s["stage"] > 0
+
+
+def test_pythons_are_not_kept_and_paths_become_text():
+    assert as_stated({"python": [1], "out": Path("a"), "rounds": 3}) == {"out": "a", "rounds": 3}
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (start_lines(Starting({"qlora --help": FEW}, {"qlora --help": FEW})), "at most 0.6"),
+        (
+            preparation_lines(
+                Preparation(
+                    "GSM8K", [Line("ours", 9, 99, 9, BOTH, BOTH)], {"trl": BOTH}, {"x": "y"}
+                )
+            ),
+            "ours is 2.00 (1.00-4.00) times as fast as trl",
+        ),
+        (
+            streaming_lines(
+                Streaming(8, 200, 1600, [Peak("original", "fold", 300_000_000, 500_000_000, True)])
+            ),
+            "300  (at most 500)",
+        ),
+        (
+            orchestration_lines(Orchestration([], FEW, FEW, FEW, FEW, 0.3, 60.0, 0.0055)),
+            "0.55%",
+        ),
+    ],
+    ids=["start", "prepare", "stream", "orchestrate"],
+)
+def test_each_part_is_told_in_words(lines, said):
+    assert said in "\n".join(lines)
