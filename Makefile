@@ -3,6 +3,7 @@
 #   make test    the test suite
 #   make check   format, lint, types, import contracts
 #   make bench   training speed against other tools, each in an environment of its own; 45 minutes
+#   make bench-quality   what 4 bits cost on examples/e2e, before and after training; hours
 # The first call makes .venv; later ones start at once. Another Python: make PYTHON=python3.12 test
 
 SHELL := /bin/bash
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-fast check bench format clean env
+.PHONY: demo test test-fast check bench bench-quality format clean env
 
 env: $(READY)
 
@@ -51,6 +52,10 @@ check: $(READY)
 # options: make bench BENCH="--systems ours,plain --rounds 1"; see benchmarks/README.md
 bench: $(READY)
 	@$(BIN)/python -m benchmarks.training $(BENCH)
+
+# options: make bench-quality BENCH="--data FOLDER --seeds 0,1"
+bench-quality: $(READY)
+	@$(BIN)/python -m benchmarks.quality $(BENCH)
 
 format: $(READY)
 	$(BIN)/ruff format .
