@@ -17,7 +17,7 @@ Source: Zou and Donner 2008, doi:10.1002/sim.3095, on adding intervals of indepe
 
 Everything is paired: the same rows for both methods, and seed s of one against seed s of the other.
 The share won back is 1 - after / before. It divides by a measured number, so it is only given where
-that number's interval stays clear of zero; its error is by the delta method.
+that number's interval lies on the side of a cost, clear of zero; its error is by the delta method.
 Dims: S seeds, U units.
 """
 
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlora_core.evaluation.estimates import Estimate, student_quantile
-from qlora_core.evaluation.metrics import estimate_metric
+from qlora_core.evaluation.metrics import LOSS_METRICS, estimate_metric
 from qlora_core.evaluation.records import Records
 
 CONFIDENCE = 0.95
@@ -49,10 +49,6 @@ class Interval:
     """Standard error for other seeds; none where no seed takes part, or just one."""
     by_seed: tuple[float, ...] = ()
     """The number of each seed."""
-
-    def excludes_zero(self) -> bool:
-        """Say whether the number differs from zero by more than the noise."""
-        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Comparison:
     difference_after: Interval
     """The same when tuned, mean over seeds."""
     won_back: Interval | None
-    """Share of the untuned difference that training made good; none where that one may be zero."""
+    """Share of the untuned cost that training made good; none where there may be no cost."""
 
 
 def compare(metric: str, quantized: str, whole: str, answers: Mapping[str, Answers]) -> Comparison:
@@ -112,9 +108,13 @@ def compare(metric: str, quantized: str, whole: str, answers: Mapping[str, Answe
         difference_before=difference_before,
         difference_after=interval_of(costs_after),
         won_back=interval_of([share_won_back(cost_before, cost) for cost in costs_after])
-        if difference_before.excludes_zero()
+        if _is_cost(metric, difference_before)
         else None,
     )
+
+
+def _is_cost(metric: str, difference: Interval) -> bool:
+    return difference.low > 0 if metric in LOSS_METRICS else difference.high < 0
 
 
 def interval_of(by_seed: Sequence[Estimate], *, has_seeds: bool = True) -> Interval:

@@ -54,11 +54,11 @@ def _said(found: Comparison) -> str:
     won = found.won_back
     if won is None:
         return (
-            f"{found.metric} [{unit}]: before training the difference may be zero, so there is "
-            "nothing of which a share could be won back."
+            f"{found.metric} [{unit}]: before training there is no cost beyond the noise, so there "
+            "is nothing of which a share could be won back."
         )
     seeds = ", ".join(f"{value:.0%}" for value in won.by_seed)
     return (
-        f"{found.metric} [{unit}]: training wins back {won.value:.0%} of the difference "
+        f"{found.metric} [{unit}]: training wins back {won.value:.0%} of the cost "
         f"({won.low:.0%} to {won.high:.0%}; each seed: {seeds})."
     )

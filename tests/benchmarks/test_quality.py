@@ -148,6 +148,11 @@ def test_no_share_is_claimed_of_a_difference_that_may_be_zero(nats):
     assert "nothing of which a share" in table([found], "nf4", "none")
 
 
+def test_no_share_is_claimed_where_the_quantized_model_is_the_better_one(nats):
+    assert compare_losses(nats, -0.2, [0.01, 0.01]).won_back is None
+    assert compare_losses(nats, 0.2, [-0.01, -0.01]).won_back.value == pytest.approx(1.05)
+
+
 def test_unequal_numbers_of_seeds_are_refused(nats):
     none = Answers(losses(nats), (losses(nats),))
 
@@ -161,7 +166,7 @@ def test_the_table_shows_both_methods_the_cost_and_each_seed(nats):
     before, after = text.splitlines()[1:3]
     assert before.split()[-6:] == ["2.000", "2.250", "+0.250", "(+0.250", "to", "+0.250)"]
     assert after.endswith("+0.040, +0.050, +0.060")
-    assert "wins back 80% of the difference" in text
+    assert "wins back 80% of the cost" in text
     assert "each seed: 84%, 80%, 76%" in text
 
 
