@@ -8,8 +8,6 @@ that was interrupted goes on where it was when the same command is given again.
 """
 
 import argparse
-import datetime
-import json
 import os
 import subprocess
 import sys
@@ -19,17 +17,26 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.cell import DATA, METHODS, NUM_ROWS, RECIPE, ROOT, STORE, Cell, Place
-from benchmarks.quality.cell import measure as measured
+from benchmarks.quality.cell import (
+    DATA,
+    METHODS,
+    NUM_ROWS,
+    RECIPE,
+    STORE,
+    Cell,
+    Place,
+    measure,
+)
 from benchmarks.quality.comparison import CONFIDENCE, Answers, Comparison, compare
 from benchmarks.quality.table import table
-from benchmarks.training.__main__ import RESULTS, _commit, _machine, _num_cores, say
+from benchmarks.record import ROOT, num_cores, say, store
 from qlora_core.artifacts import EvalReport
 from qlora_core.backends.ray_resources import WORKER_PROCESS
 from qlora_core.evaluation.records import read_records
 
 QUANTIZED, WHOLE = METHODS
 METRICS = ("loss", "bleu")
+_WHAT = "held-out loss and BLEU of examples/e2e, quantised against unquantised base"
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "sacrebleu")
 
 
@@ -43,7 +50,7 @@ def main() -> int:
         if problem := _make_cells(seed, place):
             say(problem)
             return 1
-    cells = {m: [measured(m, seed, place) for seed in options.seeds] for m in METHODS}
+    cells = {m: [measure(m, seed, place) for seed in options.seeds] for m in METHODS}
     reports = [r for made in cells.values() for cell in made for r in (cell.before, cell.after)]
     require_same_rows([report.facts for report in reports])
     answers = {method: _answers(made) for method, made in cells.items()}
@@ -72,7 +79,7 @@ def _make_cells(seed: int, place: Place) -> str:
 
     Side by side, as cores that work for themselves need not wait for each other.
     """
-    threads = max(1, _num_cores() // len(METHODS))
+    threads = max(1, num_cores() // len(METHODS))
     environment = {**os.environ, **WORKER_PROCESS, "OMP_NUM_THREADS": str(threads)}
     environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     asked = ["--seed", str(seed), "--rows", str(place.num_rows)]
@@ -104,25 +111,15 @@ def _answers(cells: Sequence[Cell]) -> Answers:
 def _store(
     options: argparse.Namespace, cells: Mapping[str, Sequence[Cell]], found: Sequence[Comparison]
 ) -> Path:
-    now = datetime.datetime.now(datetime.UTC)
-    record: dict[str, Any] = {
-        "what": "held-out loss and BLEU of examples/e2e, quantised against unquantised base",
-        "date": now.isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "machine": _machine(_num_cores()),
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
+    measured: dict[str, Any] = {
+        "options": {name: getattr(options, name) for name in ("seeds", "rows", "max_steps")},
         "recipe": str(RECIPE.relative_to(ROOT)),
-        "seeds": options.seeds,
-        "rows": options.rows,
-        "max_steps": options.max_steps,
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
         "confidence": CONFIDENCE,
         "comparisons": [asdict(each) for each in found],
         "cells": [_cell(cell) for made in cells.values() for cell in made],
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path: Path = options.out / f"quality-{now:%Y%m%d-%H%M%S}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    return path
+    return store(options.out, "quality", _WHAT, measured)
 
 
 def _cell(cell: Cell) -> dict[str, Any]:
@@ -155,7 +152,7 @@ def _options() -> argparse.Namespace:
         help="held-out rows, and at most as many meaning representations")  # fmt: skip
     add("--max-steps", type=int, help="instead of the recipe's 120: to try this out")
     add("--store", type=Path, default=STORE, help="where finished work is kept and found again")
-    add("--out", type=Path, default=RESULTS, help="default: benchmarks/results")
+    add("--out", type=Path, help="folder for the results; default: benchmarks/results")
     return parser.parse_args()
 
 

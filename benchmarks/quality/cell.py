@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.record import ROOT, WORK
 from qlora_core.artifacts import (
     AdapterCheckpoint,
     Artifact,
@@ -35,10 +36,9 @@ from qlora_core.stages.quantize import quantize_base
 from qlora_core.stages.train import train_adapter
 from qlora_core.store import Store
 
-ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "e2e" / "recipe.yaml"
 DATA = ROOT.parent / "shared" / "data" / "e2e"
-STORE = ROOT / "benchmarks" / ".work" / "quality"
+STORE = WORK / "quality"
 METHODS = ("nf4", "none")
 NUM_ROWS = 630
 """Held-out rows whose loss is measured, evenly spread; all of the test set's 630 meaning
