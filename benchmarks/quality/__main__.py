@@ -9,6 +9,7 @@ that was interrupted goes on where it was when the same command is given again.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "sacrebleu")
 def main() -> int:
     """Make all cells; print the table and store the results."""
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cells are ended as well
     place = Place(
         options.data.absolute(), options.store.absolute(), options.rows, options.max_steps
     )
