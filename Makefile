@@ -5,6 +5,7 @@
 #   make bench   training speed against other tools, each in an environment of its own; 45 minutes
 #   make bench-gpu   the same on a CUDA GPU, models of real shapes with random weights
 #   make bench-pipeline   everything of a run but training: start, data, merging, orchestration
+#   make bench-quality   what 4 bits cost on examples/e2e, before and after training; hours
 # The first call makes .venv; later ones start at once. Another Python: make PYTHON=python3.12 test
 
 SHELL := /bin/bash
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-fast check bench bench-gpu bench-pipeline format clean env
+.PHONY: demo test test-fast check bench bench-gpu bench-pipeline bench-quality format clean env
 
 env: $(READY)
 
@@ -61,6 +62,10 @@ bench-gpu: $(READY)
 # options: make bench-pipeline BENCH="--parts start,prepare"
 bench-pipeline: $(READY)
 	@$(BIN)/python -m benchmarks.pipeline $(BENCH)
+
+# options: make bench-quality BENCH="--data FOLDER --seeds 0,1"
+bench-quality: $(READY)
+	@$(BIN)/python -m benchmarks.quality $(BENCH)
 
 format: $(READY)
 	$(BIN)/ruff format .
