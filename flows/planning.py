@@ -177,7 +177,8 @@ def _training_line(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> Table:
     device = plan.device
-    unit, unit_bytes = unit_of(min(estimate.total for estimate in plan.memory))
+    of_model = (estimate.total - estimate.runtime for estimate in plan.memory)
+    unit, unit_bytes = unit_of(min(of_model))
     caption = f"of {size(device.memory_bytes)} on {device.name}; activations are estimated"
     table = Table(
         title=f"Memory of one worker [{unit}]",

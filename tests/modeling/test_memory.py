@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -9,6 +10,7 @@ from transformers import (
 )
 
 from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
+from qlora_core.data.prepared import Rows
 from qlora_core.errors import ConfigError
 from qlora_core.modeling.activations import num_pairs_of
 from qlora_core.modeling.fusing import fused
@@ -22,13 +24,14 @@ from qlora_core.modeling.memory import (
     optimizer_bytes,
     quantized_bytes,
 )
-from qlora_core.modeling.packing import Layout, packed_attention
+from qlora_core.modeling.packing import packed_attention
 from qlora_core.modeling.quantization import quantize_model
 from qlora_core.modeling.shape import Shape, shape_of
-from qlora_core.training.collation import Batch
+from qlora_core.training.collation import Batch, collate, pack
 from qlora_core.training.objective import LossFunction
 
 GB = 1e9
+CPU = torch.device("cpu")
 NF4 = QuantizationConfig()
 ADAPTER = AdapterConfig()
 TRAINING = TrainingConfig()
@@ -178,17 +181,22 @@ def bytes_kept_for_backward(model, batch: Batch) -> int:
 
 
 def padded(*, rows: int, length: int, answer: int) -> Batch:
-    ids = torch.randint(SMALL.vocab_size, (rows, length))
-    labels = torch.full_like(ids, -100)
-    labels[:, -answer:] = ids[:, -answer:]
-    return Batch(ids, labels)
+    return collate(some_rows((length,) * rows, answer), np.arange(rows), CPU)
 
 
 def packed(lengths: tuple[int, ...], answer: int) -> Batch:
-    batch = padded(rows=1, length=sum(lengths), answer=answer)
-    layout = Layout(0, lengths)
-    positions_1N = torch.tensor([layout.positions()])
-    return Batch(batch.input_ids_BT, batch.next_labels_BT, positions_1N, layout)
+    rows = some_rows(lengths, answer)
+    return pack(rows, np.arange(len(lengths)), CPU, shares_prefix=False)
+
+
+def some_rows(lengths: tuple[int, ...], answer: int) -> Rows:
+    """Random rows of which the last tokens are supervised."""
+    ids = np.random.default_rng(0).integers(SMALL.vocab_size, size=sum(lengths), dtype=np.int32)
+    offsets = np.cumsum([0, *lengths])
+    labels = np.full_like(ids, -100)
+    for end in offsets[1:]:
+        labels[end - answer : end] = ids[end - answer : end]
+    return Rows(ids, labels, offsets)
 
 
 @pytest.mark.parametrize(
