@@ -66,7 +66,7 @@ def test_pythons_are_not_kept_and_paths_become_text():
         ),
         (
             streaming_lines(
-                Streaming(8, 200, 1600, [Peak("original", "fold", 300_000_000, 500_000_000, True)])
+                Streaming(8, 200, 1600, [Peak("original", "fold", 300_000_000, 500_000_000)])
             ),
             "300  (at most 500)",
         ),
