@@ -94,10 +94,8 @@ def streaming_lines(found: streaming.Streaming) -> Iterator[str]:
         "the process before the first weight"
     )
     for peak in found.peaks:
-        told = (
-            f"at most {peak.allowed_bytes / 1e6:.0f}" if peak.is_streamed else "needs both models"
-        )
-        yield f"  {peak.stage:12} {peak.part:8} {peak.peak_bytes / 1e6:7.0f}  ({told})"
+        allowed = f"at most {peak.allowed_bytes / 1e6:.0f}"
+        yield f"  {peak.stage:12} {peak.part:8} {peak.peak_bytes / 1e6:7.0f}  ({allowed})"
 
 
 def orchestration_lines(found: orchestration.Orchestration) -> Iterator[str]:

@@ -7,17 +7,19 @@ as the template has written them; plain text gets what the tokenizer adds by its
 end-of-sequence token.
 
 The tokenizer's Rust core works without Python's lock, so the texts of a call are shared out among
-threads, one for each core, and come back in order: any number of threads gives the same bytes. Its
-own threads are left alone: whether they run is up to `TOKENIZERS_PARALLELISM`, and a process that
-has used them once must not fork.
+threads, one for each core, and come back in order: any number of threads gives the same bytes, and
+rows can be rendered and labelled meanwhile. Where the core threads itself (that is its default;
+`TOKENIZERS_PARALLELISM=false` ends it) it gets all texts at once: threads in threads cost a third
+more.
 Dims: L tokens of a row.
 """
 
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,9 @@ from qlora_core.data.special_tokens import SpecialTokens
 from qlora_core.errors import ModelError
 
 Offsets = list[tuple[int, int]]
+Tokenised = tuple[list[int], Offsets]
 _PLAIN = TokenizersBackend._encode_plus  # a few classes have their own, for layouts or Chinese
+_OFF = ("", "0", "f", "false", "n", "no", "off")  # as the core itself reads it
 _FEWEST = 64  # texts for which a thread is worth starting
 
 
@@ -88,6 +92,8 @@ class Encoder:
         self._tokenizer, self._stops, self._escape = tokenizer, tuple(stops), escape
         self._eos_id = int(tokenizer.convert_tokens_to_ids(self._stops[0]))
         self._num_threads = num_threads or _num_cores()
+        self._threads = ThreadPoolExecutor(self._num_threads)  # they start when first needed
+        self._is_settled: bool | None = None
         self._is_plain = getattr(type(tokenizer), "_encode_plus", None) is _PLAIN
         self._renderer: ChatRenderer | None = None
         self._special_ids = {
@@ -121,21 +127,22 @@ class Encoder:
 
     def encode(self, rows: Sequence[RenderedChat], *, as_chat: bool) -> list[Encoded | None]:
         """Tokenise rendered rows; None for one whose special tokens cannot be escaped."""
-        encoded = self._tokenize([row.text for row in rows], add_special=not as_chat)
-        return [
-            self._labelled(row, ids, offsets, as_chat)
-            for row, (ids, offsets) in zip(rows, encoded, strict=True)
-        ]
+        return self.begin(rows, as_chat=as_chat).result()
+
+    def begin(self, rows: Sequence[RenderedChat], *, as_chat: bool) -> "Encoding":
+        """Start to tokenise rendered rows beside what the caller does meanwhile."""
+        parts = self._start([row.text for row in rows], add_special=not as_chat)
+        return Encoding(self, rows, parts, as_chat)
 
     def encode_prompts(self, rows: Sequence[RenderedChat]) -> list[tuple[int, ...]]:
         """Tokenise what comes before each row's last answer."""
-        texts = [row.text[: row.spans[-1].start] for row in rows]
-        found = self._tokenize(texts, add_special=False)
-        made = []
-        for text, (ids, offsets) in zip(texts, found, strict=True):
-            kept, _ = self._without_breaks(text, ids, offsets)
-            made.append(tuple(self._one_start(kept)))
-        return made
+        prompts = self.begin_prompts(rows)
+        return [prompts.ids(number) for number in range(len(rows))]
+
+    def begin_prompts(self, rows: Sequence[RenderedChat]) -> "PromptEncoding":
+        """Start to tokenise what comes before each row's last answer, if it has one."""
+        texts = [row.text[: row.spans[-1].start] if row.spans else "" for row in rows]
+        return PromptEncoding(self, texts, self._start(texts, add_special=False))
 
     def sample(self, row: Encoded) -> str:
         """Return a row as text, what is learned between ⟦ and ⟧."""
@@ -145,19 +152,17 @@ class Encoder:
         texts = [(self._tokenizer.decode(row.ids_L[run]), is_learned_L[run[0]]) for run in runs]
         return "".join(f"⟦{text}⟧" if is_learned else text for text, is_learned in texts)
 
-    def _tokenize(self, texts: list[str], *, add_special: bool) -> list[tuple[list[int], Offsets]]:
+    def _start(self, texts: list[str], *, add_special: bool) -> list[Future[list[Tokenised]]]:
         if not texts:
             return []
-        made = self._called(texts[:1], add_special)  # settles options that threads then only read
-        rest = texts[1:]
-        size = max(_FEWEST, -(-len(rest) // self._num_threads))
-        parts = [rest[at : at + size] for at in range(0, len(rest), size)]
-        with ThreadPoolExecutor(self._num_threads) as threads:
-            for part in threads.map(lambda part: self._encoded(part, add_special), parts):
-                made += part
-        return made
+        if self._is_settled != add_special:
+            self._called(texts[:1], add_special)  # settles options that threads then only read
+            self._is_settled = add_special
+        size = max(_FEWEST, -(-len(texts) // (1 if _threads_itself() else self._num_threads)))
+        parts = [texts[at : at + size] for at in range(0, len(texts), size)]
+        return [self._threads.submit(self._encoded, part, add_special) for part in parts]
 
-    def _encoded(self, texts: list[str], add_special: bool) -> list[tuple[list[int], Offsets]]:
+    def _encoded(self, texts: list[str], add_special: bool) -> list[Tokenised]:
         """Tokenise by the core itself, where the tokenizer's class adds nothing to it."""
         if not self._is_plain:
             return self._called(texts, add_special)
@@ -165,7 +170,7 @@ class Encoder:
         made = core.encode_batch(texts, add_special_tokens=add_special)
         return [(one.ids, one.offsets) for one in made]
 
-    def _called(self, texts: list[str], add_special: bool) -> list[tuple[list[int], Offsets]]:
+    def _called(self, texts: list[str], add_special: bool) -> list[Tokenised]:
         made = self._tokenizer(
             texts,
             add_special_tokens=add_special,
@@ -227,6 +232,55 @@ class Encoder:
         while start is not None and ids[:2] == [start, start]:
             ids = ids[1:]
         return ids
+
+
+class Encoding:
+    """Rows that are being tokenised."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        rows: Sequence[RenderedChat],
+        parts: list[Future[list[Tokenised]]],
+        as_chat: bool,
+    ) -> None:
+        self._encoder, self._rows, self._parts, self._as_chat = encoder, rows, parts, as_chat
+
+    def result(self) -> list[Encoded | None]:
+        """Wait for the tokens; None for a row whose special tokens cannot be escaped."""
+        found = (row for part in self._parts for row in part.result())
+        return [
+            self._encoder._labelled(row, ids, offsets, self._as_chat)
+            for row, (ids, offsets) in zip(self._rows, found, strict=True)
+        ]
+
+
+class PromptEncoding:
+    """Prompts that are being tokenised."""
+
+    def __init__(
+        self, encoder: Encoder, texts: list[str], parts: list[Future[list[Tokenised]]]
+    ) -> None:
+        self._encoder, self._texts, self._parts = encoder, texts, parts
+
+    @cached_property
+    def _found(self) -> list[Tokenised]:
+        return [row for part in self._parts for row in part.result()]
+
+    def ids(self, number: int) -> tuple[int, ...]:
+        """Wait for all tokens; return those of one prompt.
+
+        Raises:
+            UnbreakableError: A special token in its text cannot be escaped.
+        """
+        ids, offsets = self._found[number]
+        kept, _ = self._encoder._without_breaks(self._texts[number], ids, offsets)
+        return tuple(self._encoder._one_start(kept))
+
+
+def _threads_itself() -> bool:
+    """Say whether the tokenizer's core shares a call out among threads of its own."""
+    return os.environ.get("TOKENIZERS_PARALLELISM", "true").lower() not in _OFF
 
 
 def _num_cores() -> int:
