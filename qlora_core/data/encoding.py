@@ -33,7 +33,38 @@ from qlora_core.data.special_tokens import SpecialTokens
 from qlora_core.errors import ModelError
 
 Offsets = list[tuple[int, int]]
-Tokenised = tuple[list[int], Offsets]
+
+
+class Tokenised:
+    """A text's tokens; where they stand is asked of the core, as far as it can say.
+
+    A list of all places costs more than tokens and labels together.
+    """
+
+    def __init__(self, ids: list[int], offsets: Offsets | None, core: Any = None) -> None:
+        self.ids, self._offsets, self._core = ids, offsets, core
+
+    @property
+    def offsets(self) -> Offsets:
+        """Where each token begins and ends; they ascend."""
+        if self._offsets is None:
+            self._offsets = self._core.offsets
+        return self._offsets
+
+    def within(self, span: Span) -> tuple[int, int]:
+        """Return (first, past) of the tokens that share a character with ``span``."""
+        if self._offsets is None and span.start < span.end:
+            first = self._core.char_to_token(span.start)
+            past = self._core.char_to_token(span.end - 1)
+            if first is not None and past is not None:  # else white space that no token holds
+                while past < len(self.ids) and self._core.token_to_chars(past)[0] < span.end:
+                    past += 1  # a letter may be several tokens
+                return first, past
+        first = bisect_right(self.offsets, span.start, key=lambda place: place[1])
+        past = bisect_left(self.offsets, span.end, key=lambda place: place[0])
+        return first, max(first, past)
+
+
 _PLAIN = TokenizersBackend._encode_plus  # a few classes have their own, for layouts or Chinese
 _OFF = ("", "0", "f", "false", "n", "no", "off")  # as the core itself reads it
 _FEWEST = 64  # texts for which a thread is worth starting
@@ -168,7 +199,7 @@ class Encoder:
             return self._called(texts, add_special)
         core = self._tokenizer.backend_tokenizer
         made = core.encode_batch(texts, add_special_tokens=add_special)
-        return [(one.ids, one.offsets) for one in made]
+        return [Tokenised(one.ids, None, one) for one in made]
 
     def _called(self, texts: list[str], add_special: bool) -> list[Tokenised]:
         made = self._tokenizer(
@@ -180,19 +211,17 @@ class Encoder:
             padding=False,
             verbose=False,
         )
-        return list(zip(made["input_ids"], made["offset_mapping"], strict=True))
+        return list(map(Tokenised, made["input_ids"], made["offset_mapping"]))
 
-    def _labelled(
-        self, row: RenderedChat, ids: list[int], offsets: Offsets, as_chat: bool
-    ) -> Encoded | None:
+    def _labelled(self, row: RenderedChat, found: Tokenised, as_chat: bool) -> Encoded | None:
         num_escaped = row.text.count(BREAK)
         try:
-            ids, offsets = self._without_breaks(row.text, ids, offsets)
+            found = self._without_breaks(row.text, found)
         except UnbreakableError:
             return None
-        kept = self._one_start(ids)
-        self.num_double_starts += len(kept) < len(ids)
-        offsets = offsets[len(ids) - len(kept) :]
+        kept = self._one_start(found.ids)
+        num_cut = len(found.ids) - len(kept)
+        self.num_double_starts += num_cut > 0
         if not as_chat:
             kept = kept if kept and kept[-1] == self._eos_id else [*kept, self._eos_id]
             ids_L = np.array(kept, np.int32)
@@ -200,23 +229,21 @@ class Encoder:
         ids_L = np.array(kept, np.int32)
         labels_L = np.full(len(kept), IGNORED, np.int32)
         for span in row.spans:
-            first, past = _tokens_of(span, offsets)
+            first, past = (max(0, token - num_cut) for token in found.within(span))
             labels_L[first:past] = ids_L[first:past]
         return Encoded(ids_L, labels_L, any(span.has_stop for span in row.spans), num_escaped)
 
-    def _without_breaks(
-        self, text: str, ids: list[int], offsets: Offsets
-    ) -> tuple[list[int], Offsets]:
+    def _without_breaks(self, text: str, found: Tokenised) -> Tokenised:
         """Take out the tokens of the breaks that keep special tokens apart.
 
         Raises:
             UnbreakableError: A token holds a break and more, or a special token survived.
         """
         if BREAK not in text:
-            return ids, offsets
+            return found
         kept = [
             (token, place)
-            for token, place in zip(ids, offsets, strict=True)
+            for token, place in zip(found.ids, found.offsets, strict=True)
             if text[slice(*place)] != BREAK
         ]
         is_mixed = any(BREAK in text[slice(*place)] for _, place in kept)
@@ -224,7 +251,7 @@ class Encoder:
         num_special = sum(token in self._special_ids and end > at for token, (at, end) in kept)
         if is_mixed or num_special > self.specials.count(text):
             raise UnbreakableError
-        return [token for token, _ in kept], [place for _, place in kept]
+        return Tokenised([token for token, _ in kept], [place for _, place in kept])
 
     def _one_start(self, ids: list[int]) -> list[int]:
         """Keep one beginning-of-sequence token where template and tokenizer wrote two."""
@@ -250,8 +277,8 @@ class Encoding:
         """Wait for the tokens; None for a row whose special tokens cannot be escaped."""
         found = (row for part in self._parts for row in part.result())
         return [
-            self._encoder._labelled(row, ids, offsets, self._as_chat)
-            for row, (ids, offsets) in zip(self._rows, found, strict=True)
+            self._encoder._labelled(row, tokens, self._as_chat)
+            for row, tokens in zip(self._rows, found, strict=True)
         ]
 
 
@@ -273,9 +300,8 @@ class PromptEncoding:
         Raises:
             UnbreakableError: A special token in its text cannot be escaped.
         """
-        ids, offsets = self._found[number]
-        kept, _ = self._encoder._without_breaks(self._texts[number], ids, offsets)
-        return tuple(self._encoder._one_start(kept))
+        kept = self._encoder._without_breaks(self._texts[number], self._found[number])
+        return tuple(self._encoder._one_start(kept.ids))
 
 
 def _threads_itself() -> bool:
@@ -285,10 +311,3 @@ def _threads_itself() -> bool:
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _tokens_of(span: Span, offsets: Offsets) -> tuple[int, int]:
-    """Return (first, past) of the tokens that share a character with ``span``; offsets ascend."""
-    first = bisect_right(offsets, span.start, key=lambda place: place[1])
-    past = bisect_left(offsets, span.end, key=lambda place: place[0])
-    return first, max(first, past)
