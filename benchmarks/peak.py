@@ -1,4 +1,4 @@
-"""Run a command; print how long it took and the most memory it and all it started used together.
+"""Run a command; print what it took: seconds, and memory with all it started together.
 
     python -m benchmarks.peak [--every SECONDS] -- COMMAND [ARGUMENT ...]
 
@@ -10,13 +10,14 @@ as long as the command runs. Linux only.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _PROC = Path("/proc")
 _LONGEST_NAME = 70
@@ -31,6 +32,8 @@ class Process(NamedTuple):
     """Clock ticks since the machine started."""
     parent: int
     session: int
+    cpu_s: float
+    """Used so far."""
 
 
 @dataclass
@@ -42,7 +45,13 @@ class Family:
     """
 
     session: int
-    _seen: set[tuple[int, int]] = field(default_factory=set)
+    _cpu_s: dict[tuple[int, int], float] = field(default_factory=dict)
+    """Of everybody who was ever seen: what they had used when they were seen last."""
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds of all members, those that are gone included."""
+        return sum(self._cpu_s.values())
 
     def members(self) -> list[Process]:
         """Return who belongs to it and is alive now."""
@@ -53,11 +62,11 @@ class Family:
             children = {pid for pid, process in everyone.items() if process.parent in belongs}
             grown = not children <= belongs
             belongs |= children
-        self._seen |= {everyone[pid][:2] for pid in belongs}
+        self._cpu_s |= {everyone[pid][:2]: everyone[pid].cpu_s for pid in belongs}
         return [everyone[pid] for pid in sorted(belongs)]
 
     def _is_known(self, process: Process) -> bool:
-        return process.session == self.session or process[:2] in self._seen
+        return process.session == self.session or process[:2] in self._cpu_s
 
 
 @dataclass
@@ -87,7 +96,11 @@ def processes() -> Iterator[Process]:
                 continue
             # the name stands in parentheses and may hold any of both
             columns = text.rpartition(")")[2].split()
-            yield Process(int(folder.name), int(columns[19]), int(columns[1]), int(columns[3]))
+            ticks = int(columns[11]) + int(columns[12])
+            yield Process(
+                int(folder.name), int(columns[19]), int(columns[1]), int(columns[3]),
+                ticks / os.sysconf("SC_CLK_TCK"),
+            )  # fmt: skip
 
 
 def pss_bytes(pid: int) -> int:
@@ -99,10 +112,27 @@ def pss_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def watch(command: list[str], every_s: float) -> tuple[int, float, Peak]:
-    """Run ``command``; return its exit code, wall seconds and peak."""
+@dataclass(frozen=True)
+class Watched:
+    """How a command went."""
+
+    exit_code: int
+    wall_s: float
+    cpu_s: float
+    """Of it and all that it started, up to the last look at each."""
+    peak: Peak
+
+
+def watch(command: list[str], every_s: float, **options: Any) -> Watched:
+    """Run ``command`` and look at it and all that it starts every so many seconds.
+
+    Args:
+        command: What to run.
+        every_s: Between two looks.
+        options: Of `subprocess.Popen`.
+    """
     started = time.monotonic()
-    running = subprocess.Popen(command, start_new_session=True)
+    running = subprocess.Popen(command, start_new_session=True, **options)
     family, peak = Family(running.pid), Peak()
     try:
         while running.poll() is None:
@@ -111,7 +141,7 @@ def watch(command: list[str], every_s: float) -> tuple[int, float, Peak]:
     except KeyboardInterrupt:
         running.terminate()  # Ctrl-C does not reach a session of its own
         running.wait()
-    return running.returncode, time.monotonic() - started, peak
+    return Watched(running.returncode, time.monotonic() - started, family.cpu_s, peak)
 
 
 def _name(pid: int) -> str:
@@ -130,11 +160,14 @@ def main() -> int:
     parser.add_argument("--every", type=float, default=0.5, metavar="SECONDS")
     parser.add_argument("command", nargs="+")
     given = parser.parse_args()
-    code, seconds, peak = watch(given.command, given.every)
-    print(f"{seconds:.1f} s, peak {peak.size_bytes / 1e9:.2f} GB (PSS), exit code {code}")
-    for size, name in peak.parts[:_SHOWN]:
+    found = watch(given.command, given.every)
+    print(
+        f"{found.wall_s:.1f} s, {found.cpu_s:.1f} CPU s, peak "
+        f"{found.peak.size_bytes / 1e9:.2f} GB (PSS), exit code {found.exit_code}"
+    )
+    for size, name in found.peak.parts[:_SHOWN]:
         print(f"  {size / 1e9:6.2f} GB  {name}")
-    return code
+    return found.exit_code
 
 
 if __name__ == "__main__":

@@ -94,22 +94,21 @@ def streaming_lines(found: streaming.Streaming) -> Iterator[str]:
         "the process before the first weight"
     )
     for peak in found.peaks:
-        told = (
-            f"at most {peak.allowed_bytes / 1e6:.0f}" if peak.is_streamed else "needs both models"
-        )
-        yield f"  {peak.stage:12} {peak.part:8} {peak.peak_bytes / 1e6:7.0f}  ({told})"
+        allowed = f"at most {peak.allowed_bytes / 1e6:.0f}"
+        yield f"  {peak.stage:12} {peak.part:8} {peak.peak_bytes / 1e6:7.0f}  ({allowed})"
 
 
 def orchestration_lines(found: orchestration.Orchestration) -> Iterator[str]:
     """Say what is added to a run and to a step."""
-    yield f"\nOrchestration: wall seconds added to a run (at most {orchestration.LIMIT_S:.0f})"
-    yield f"  servers start     {_told(found.cold_added_s, 1)}"
-    yield f"  servers are there {_told(found.warm_added_s, 1)}"
+    yield f"\nOrchestration: seconds added to a run (wall; at most {orchestration.LIMIT_S:.0f})"
+    for name, told in (("cold", "servers start"), ("warm", "servers are there")):
+        wall, cpu = found.added_wall_s[name], found.added_cpu_s[name]
+        yield f"  {told:18} {_told(wall, 1)}; CPU {_told(cpu, 1)}"
     yield (
         f"  of a training step of {found.step_s.median:.1f} s the desk takes "
-        f"{1000 * found.desk_s.median:.1f} ms, snapshots {found.snapshot_s:.2f} s every "
-        f"{found.snapshot_every_s:.0f}: {found.step_share:.2%} (under "
-        f"{orchestration.LIMIT_SHARE:.0%})"
+        f"{1000 * found.desk_s.median:.1f} ms, a snapshot {found.snapshot_s:.2f} s every "
+        f"{found.snapshot_every_s:.0f} s: {found.wall_share:.2%} of wall, {found.cpu_share:.2%} of "
+        f"CPU time (under {orchestration.LIMIT_SHARE:.0%})"
     )
 
 

@@ -25,8 +25,19 @@ def measured_by(
         capture_output=True, text=True, cwd=ROOT, check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **(changes or {})},
     )  # fmt: skip
-    marked = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if done.returncode or not marked:
+    if done.returncode:
         raise RuntimeError(f"benchmarks.pipeline.{module} failed:\n{done.stderr[-2000:]}")
+    return read_measured(done.stdout)
+
+
+def read_measured(output: str) -> dict[str, Any]:
+    """Return the JSON that a process reported among all else it said.
+
+    Raises:
+        RuntimeError: It reported nothing.
+    """
+    marked = [line for line in output.splitlines() if line.startswith(MARK)]
+    if not marked:
+        raise RuntimeError(f"No line begins with {MARK!r}:\n{output[-2000:]}")
     found: dict[str, Any] = json.loads(marked[-1].removeprefix(MARK))
     return found

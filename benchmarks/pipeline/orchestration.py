@@ -7,20 +7,21 @@ in one process (`plainly`). All three import everything anew.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.pipeline.children import measured_by
+from benchmarks.peak import watch
+from benchmarks.pipeline.children import measured_by, read_measured
 from benchmarks.record import ROOT, say
 from benchmarks.training.summary import Spread, spread
 
 LIMIT_S, LIMIT_SHARE = 20.0, 0.01
 _NUM_ROWS = 60
+_LOOK_EVERY_S = 0.5
 _RECIPE = """\
 name: tiny
 seed: {seed}
@@ -33,17 +34,26 @@ evaluation: {{max_new_tokens: 4, num_samples: 2}}
 
 
 @dataclass(frozen=True)
-class Run:
-    """Wall seconds of one recipe."""
+class Taken:
+    """Seconds of a command."""
 
-    cold_s: float
+    wall_s: float
+    cpu_s: float
+    """Of all processes that it started, servers included."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recipe."""
+
+    cold: Taken
     """`qlora run`, servers included."""
-    warm_s: float
+    warm: Taken
     """`qlora run`, on servers that are there."""
-    plain_s: float
+    plain: Taken
     """All stages one after the other in one process."""
     stages_s: dict[str, float]
-    """Of that, each stage's own; the rest is Python starting and importing."""
+    """Of that, each stage's own wall seconds; the rest is Python starting and importing."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +61,18 @@ class Orchestration:
     """What was measured."""
 
     runs: list[Run]
-    cold_added_s: Spread
-    warm_added_s: Spread
+    added_wall_s: dict[str, Spread]
+    added_cpu_s: dict[str, Spread]
+    """By `cold` and `warm`."""
     step_s: Spread
     desk_s: Spread
     """Of each step: journal, notes, tracking."""
     snapshot_s: float
     snapshot_every_s: float
-    step_share: float
+    wall_share: float
     """Of training's time that goes into the desk and snapshots."""
+    cpu_share: float
+    """Of its CPU time; unlike wall time, the same on a machine with other work."""
 
 
 def measure(work: Path, rounds: int, workload: Path, num_steps: int) -> Orchestration:
@@ -74,18 +87,27 @@ def measure(work: Path, rounds: int, workload: Path, num_steps: int) -> Orchestr
     runs = [_run(work, number) for number in range(1, rounds + 1)]
     say("orchestration: steps of training")
     paper = measured_by("paperwork", "--workload", workload, "--steps", str(num_steps))
-    steps, desk = paper["step_s"], paper["desk_s"]
-    snapshots = paper["snapshot_s"] / paper["snapshot_every_s"]
+    every = paper["snapshot_every_s"]
+    cpu_per_s = sum(paper["step_cpu_s"]) / sum(paper["step_s"][1:])
     return Orchestration(
         runs,
-        spread([run.cold_s - run.plain_s for run in runs]),
-        spread([run.warm_s - run.plain_s for run in runs]),
-        spread(steps),
-        spread(desk),
+        _added(runs, lambda taken: taken.wall_s),
+        _added(runs, lambda taken: taken.cpu_s),
+        spread(paper["step_s"]),
+        spread(paper["desk_s"]),
         paper["snapshot_s"],
-        paper["snapshot_every_s"],
-        sum(desk) / sum(steps) + snapshots,
+        every,
+        sum(paper["desk_s"]) / sum(paper["step_s"]) + paper["snapshot_s"] / every,
+        sum(paper["desk_cpu_s"][1:]) / sum(paper["step_cpu_s"])
+        + paper["snapshot_cpu_s"] / (every * cpu_per_s),
     )
+
+
+def _added(runs: list[Run], seconds: Callable[[Taken], float]) -> dict[str, Spread]:
+    return {
+        "cold": spread([seconds(run.cold) - seconds(run.plain) for run in runs]),
+        "warm": spread([seconds(run.warm) - seconds(run.plain) for run in runs]),
+    }
 
 
 def _run(work: Path, number: int) -> Run:
@@ -103,15 +125,17 @@ def _run(work: Path, number: int) -> Run:
             text = _RECIPE.format(seed=seed, model=folder / "model", rows=rows)
             recipes[-1].write_text(text, "utf-8")
         say(f"orchestration, run {number}: stage by stage")
-        started = time.perf_counter()
-        stages = measured_by("plainly", "--recipe", recipes[0], "--out", folder / "plain")
-        plain = time.perf_counter() - started
         environment = _environment(folder / "home")
+        told = folder / "plainly.txt"
+        plain = _taken(
+            ["-m", "benchmarks.pipeline.plainly", "--recipe", str(recipes[0]), "--out",
+             str(folder / "plain")], environment, told,
+        )  # fmt: skip
+        stages = read_measured(told.read_text("utf-8"))
         try:
             say(f"orchestration, run {number}: qlora run, servers start")
             cold = _qlora(environment, "run", str(recipes[1]))
             say(f"orchestration, run {number}: qlora run, servers are there")
-            shutil.rmtree(folder / "home" / "store", ignore_errors=True)
             warm = _qlora(
                 environment, "run", str(recipes[2]),
                 "--set", f"workspace.store={folder / 'another'}",
@@ -127,16 +151,22 @@ def _environment(home: Path) -> dict[str, str]:
     return {**kept, **quiet}
 
 
-def _qlora(environment: dict[str, str], *arguments: str) -> float:
-    """Call the command line; return its wall seconds."""
-    started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "flows", *arguments],
-        capture_output=True, text=True, cwd=ROOT, check=False, env=environment,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"qlora {' '.join(arguments)} failed:\n{done.stdout}\n{done.stderr}")
-    return time.perf_counter() - started
+def _qlora(environment: dict[str, str], *arguments: str) -> Taken:
+    log = Path(environment["QLORAFLOW_HOME"]).with_name("qlora.txt")
+    return _taken(["-m", "flows", *arguments], environment, log)
+
+
+def _taken(arguments: list[str], environment: dict[str, str], log: Path) -> Taken:
+    """Run Python; return what it and all that it started took."""
+    with log.open("w", encoding="utf-8") as said:
+        found = watch(
+            [sys.executable, *arguments], _LOOK_EVERY_S, cwd=ROOT, env=environment,
+            stdout=said, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    if found.exit_code:
+        end = log.read_text("utf-8", "replace")[-3000:]
+        raise RuntimeError(f"python {' '.join(arguments)} failed:\n{end}")
+    return Taken(found.wall_s, found.cpu_s)
 
 
 def _write_model(folder: Path) -> None:

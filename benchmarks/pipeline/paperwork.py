@@ -3,8 +3,8 @@
     python -m benchmarks.pipeline.paperwork --workload FOLDER --steps 6
 
 Rank 0's desk is timed step by step, with its files on a real disk, and what is told goes into the
-journal that MLflow is fed from. A snapshot is due every minute, far more seldom than a step: one is
-written at the end, and its seconds are divided over that minute.
+journal that MLflow is fed from. A snapshot is due every minute, more seldom than a step, and at the
+end; they are timed apart, and their seconds divided over that minute.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,49 +31,61 @@ from qlora_core.training.worker import run_worker
 
 
 class Stopwatch:
-    """Adds up the seconds of calls."""
+    """Notes what calls take: wall seconds, and CPU seconds of the thread that calls."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
+        self.wall_s: list[float] = []
+        self.cpu_s: list[float] = []
 
-    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``call``, timed."""
+    def around(
+        self, call: Callable[..., Any], apart: "Stopwatch | None" = None
+    ) -> Callable[..., Any]:
+        """Return ``call``, timed; without what ``apart`` times inside of it."""
 
         def timed(*args: Any) -> Any:
-            started = time.perf_counter()
+            before = _now(apart)
             try:
                 return call(*args)
             finally:
-                self.seconds.append(time.perf_counter() - started)
+                after = _now(apart)
+                self.wall_s.append(after[0] - before[0])
+                self.cpu_s.append(after[1] - before[1])
 
         return timed
+
+
+def _now(apart: Stopwatch | None) -> tuple[float, float]:
+    """Return wall and CPU clock, both standing still while ``apart`` is timing."""
+    wall, cpu = time.perf_counter(), time.thread_time()
+    return (wall, cpu) if apart is None else (wall - sum(apart.wall_s), cpu - sum(apart.cpu_s))
 
 
 def measure(workload: Path, num_steps: int) -> dict[str, Any]:
     """Train ``num_steps`` steps; return the seconds of each, and of the desk's part."""
     record, tell, save = Stopwatch(), Stopwatch(), Stopwatch()
-    for owner, name, watch in (
-        (Desk, "record", record), (Desk, "tell", tell), (SnapshotWriter, "save", save)
-    ):  # fmt: skip
-        setattr(owner, name, watch.around(getattr(owner, name)))
-    snapshots, steps = SnapshotConfig(), []
+    setattr(SnapshotWriter, "save", save.around(SnapshotWriter.save))  # noqa: B010  # see below
+    setattr(Desk, "record", record.around(Desk.record, apart=save))  # noqa: B010
+    setattr(Desk, "tell", tell.around(Desk.tell))  # noqa: B010  # mypy knows methods as constant
+    snapshots, steps, used = SnapshotConfig(), [], []
     with tempfile.TemporaryDirectory(dir=workload) as folder:
         journal = Journal(Path(folder) / "journal")
 
         def on_step(metrics: StepMetrics) -> None:
             steps.append(metrics.seconds)
+            used.append(time.process_time())
             journal.append(MetricsRecord(values=tracked_metrics(metrics), step=metrics.step))
 
         job = _job(workload, num_steps, Path(folder))
         launch = next_launch(job.scratch)
         run_worker(job, Alone(), snapshots, launch, torch.device("cpu"), on_step)
-    # the desk's first word comes before the first step, and the last record holds the snapshot
-    desk = [a + b for a, b in zip(record.seconds, tell.seconds[1:], strict=True)]
-    desk[-1] -= save.seconds[-1]
+    _, *tell_s = tell.wall_s  # its first word comes before the first step
     return {
         "step_s": steps,
-        "desk_s": desk,
-        "snapshot_s": save.seconds[-1],
+        "step_cpu_s": [after - before for before, after in pairwise(used)],
+        "desk_s": [a + b for a, b in zip(record.wall_s, tell_s, strict=True)],
+        "desk_cpu_s": [a + b for a, b in zip(record.cpu_s, tell.cpu_s[1:], strict=True)],
+        "snapshot_s": sum(save.wall_s) / len(save.wall_s),
+        "snapshot_cpu_s": sum(save.cpu_s) / len(save.cpu_s),
         "snapshot_every_s": snapshots.every_s,
     }
 

@@ -111,7 +111,7 @@ def quantize(work: Path) -> None:
 
 
 def fold(work: Path, onto: Any) -> None:
-    """Run `merge_adapter`; its comparison, which needs both models, is a part of its own."""
+    """Run `merge_adapter`; its comparison with the tuned model is a part of its own."""
     watched = Watched()
     at_first_read(watched.start)
     compare = merge._measure_all

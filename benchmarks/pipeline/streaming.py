@@ -19,8 +19,6 @@ class Peak:
     peak_bytes: int
     allowed_bytes: int
     """Two files of the input and the output's largest tensor."""
-    is_streamed: bool
-    """Comparing two models needs both; all other parts must stay within what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,7 @@ def measure(work: Path) -> Streaming:
             say(f"streaming: {stage}")
             found = measured_by("streamed", stage, "--work", folder)
             allowed = 2 * SHARD_BYTES + found["largest_tensor"]
-            peaks += [
-                Peak(stage, part, peak, allowed, part != "compare")
-                for part, peak in found["peaks"].items()
-            ]
+            peaks += [Peak(stage, part, peak, allowed) for part, peak in found["peaks"].items()]
         return Streaming(made["num_shards"], SHARD_BYTES, size, peaks)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -7,17 +7,19 @@ as the template has written them; plain text gets what the tokenizer adds by its
 end-of-sequence token.
 
 The tokenizer's Rust core works without Python's lock, so the texts of a call are shared out among
-threads, one for each core, and come back in order: any number of threads gives the same bytes. Its
-own threads are left alone: whether they run is up to `TOKENIZERS_PARALLELISM`, and a process that
-has used them once must not fork.
+threads, one for each core, and come back in order: any number of threads gives the same bytes, and
+rows can be rendered and labelled meanwhile. Where the core threads itself (that is its default;
+`TOKENIZERS_PARALLELISM=false` ends it) it gets all texts at once: threads in threads cost a third
+more.
 Dims: L tokens of a row.
 """
 
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,40 @@ from qlora_core.data.special_tokens import SpecialTokens
 from qlora_core.errors import ModelError
 
 Offsets = list[tuple[int, int]]
+
+
+class Tokenised:
+    """A text's tokens; where they stand is asked of the core, as far as it can say.
+
+    A list of all places costs more than tokens and labels together.
+    """
+
+    def __init__(self, ids: list[int], offsets: Offsets | None, core: Any = None) -> None:
+        self.ids, self._offsets, self._core = ids, offsets, core
+
+    @property
+    def offsets(self) -> Offsets:
+        """Where each token begins and ends; they ascend."""
+        if self._offsets is None:
+            self._offsets = self._core.offsets
+        return self._offsets
+
+    def within(self, span: Span) -> tuple[int, int]:
+        """Return (first, past) of the tokens that share a character with ``span``."""
+        if self._offsets is None and span.start < span.end:
+            first = self._core.char_to_token(span.start)
+            past = self._core.char_to_token(span.end - 1)
+            if first is not None and past is not None:  # else white space that no token holds
+                while past < len(self.ids) and self._core.token_to_chars(past)[0] < span.end:
+                    past += 1  # a letter may be several tokens
+                return first, past
+        first = bisect_right(self.offsets, span.start, key=lambda place: place[1])
+        past = bisect_left(self.offsets, span.end, key=lambda place: place[0])
+        return first, max(first, past)
+
+
 _PLAIN = TokenizersBackend._encode_plus  # a few classes have their own, for layouts or Chinese
+_OFF = ("", "0", "f", "false", "n", "no", "off")  # as the core itself reads it
 _FEWEST = 64  # texts for which a thread is worth starting
 
 
@@ -88,6 +123,8 @@ class Encoder:
         self._tokenizer, self._stops, self._escape = tokenizer, tuple(stops), escape
         self._eos_id = int(tokenizer.convert_tokens_to_ids(self._stops[0]))
         self._num_threads = num_threads or _num_cores()
+        self._threads = ThreadPoolExecutor(self._num_threads)  # they start when first needed
+        self._is_settled: bool | None = None
         self._is_plain = getattr(type(tokenizer), "_encode_plus", None) is _PLAIN
         self._renderer: ChatRenderer | None = None
         self._special_ids = {
@@ -121,21 +158,22 @@ class Encoder:
 
     def encode(self, rows: Sequence[RenderedChat], *, as_chat: bool) -> list[Encoded | None]:
         """Tokenise rendered rows; None for one whose special tokens cannot be escaped."""
-        encoded = self._tokenize([row.text for row in rows], add_special=not as_chat)
-        return [
-            self._labelled(row, ids, offsets, as_chat)
-            for row, (ids, offsets) in zip(rows, encoded, strict=True)
-        ]
+        return self.begin(rows, as_chat=as_chat).result()
+
+    def begin(self, rows: Sequence[RenderedChat], *, as_chat: bool) -> "Encoding":
+        """Start to tokenise rendered rows beside what the caller does meanwhile."""
+        parts = self._start([row.text for row in rows], add_special=not as_chat)
+        return Encoding(self, rows, parts, as_chat)
 
     def encode_prompts(self, rows: Sequence[RenderedChat]) -> list[tuple[int, ...]]:
         """Tokenise what comes before each row's last answer."""
-        texts = [row.text[: row.spans[-1].start] for row in rows]
-        found = self._tokenize(texts, add_special=False)
-        made = []
-        for text, (ids, offsets) in zip(texts, found, strict=True):
-            kept, _ = self._without_breaks(text, ids, offsets)
-            made.append(tuple(self._one_start(kept)))
-        return made
+        prompts = self.begin_prompts(rows)
+        return [prompts.ids(number) for number in range(len(rows))]
+
+    def begin_prompts(self, rows: Sequence[RenderedChat]) -> "PromptEncoding":
+        """Start to tokenise what comes before each row's last answer, if it has one."""
+        texts = [row.text[: row.spans[-1].start] if row.spans else "" for row in rows]
+        return PromptEncoding(self, texts, self._start(texts, add_special=False))
 
     def sample(self, row: Encoded) -> str:
         """Return a row as text, what is learned between ⟦ and ⟧."""
@@ -145,27 +183,25 @@ class Encoder:
         texts = [(self._tokenizer.decode(row.ids_L[run]), is_learned_L[run[0]]) for run in runs]
         return "".join(f"⟦{text}⟧" if is_learned else text for text, is_learned in texts)
 
-    def _tokenize(self, texts: list[str], *, add_special: bool) -> list[tuple[list[int], Offsets]]:
+    def _start(self, texts: list[str], *, add_special: bool) -> list[Future[list[Tokenised]]]:
         if not texts:
             return []
-        made = self._called(texts[:1], add_special)  # settles options that threads then only read
-        rest = texts[1:]
-        size = max(_FEWEST, -(-len(rest) // self._num_threads))
-        parts = [rest[at : at + size] for at in range(0, len(rest), size)]
-        with ThreadPoolExecutor(self._num_threads) as threads:
-            for part in threads.map(lambda part: self._encoded(part, add_special), parts):
-                made += part
-        return made
+        if self._is_settled != add_special:
+            self._called(texts[:1], add_special)  # settles options that threads then only read
+            self._is_settled = add_special
+        size = max(_FEWEST, -(-len(texts) // (1 if _threads_itself() else self._num_threads)))
+        parts = [texts[at : at + size] for at in range(0, len(texts), size)]
+        return [self._threads.submit(self._encoded, part, add_special) for part in parts]
 
-    def _encoded(self, texts: list[str], add_special: bool) -> list[tuple[list[int], Offsets]]:
+    def _encoded(self, texts: list[str], add_special: bool) -> list[Tokenised]:
         """Tokenise by the core itself, where the tokenizer's class adds nothing to it."""
         if not self._is_plain:
             return self._called(texts, add_special)
         core = self._tokenizer.backend_tokenizer
         made = core.encode_batch(texts, add_special_tokens=add_special)
-        return [(one.ids, one.offsets) for one in made]
+        return [Tokenised(one.ids, None, one) for one in made]
 
-    def _called(self, texts: list[str], add_special: bool) -> list[tuple[list[int], Offsets]]:
+    def _called(self, texts: list[str], add_special: bool) -> list[Tokenised]:
         made = self._tokenizer(
             texts,
             add_special_tokens=add_special,
@@ -175,19 +211,17 @@ class Encoder:
             padding=False,
             verbose=False,
         )
-        return list(zip(made["input_ids"], made["offset_mapping"], strict=True))
+        return list(map(Tokenised, made["input_ids"], made["offset_mapping"]))
 
-    def _labelled(
-        self, row: RenderedChat, ids: list[int], offsets: Offsets, as_chat: bool
-    ) -> Encoded | None:
+    def _labelled(self, row: RenderedChat, found: Tokenised, as_chat: bool) -> Encoded | None:
         num_escaped = row.text.count(BREAK)
         try:
-            ids, offsets = self._without_breaks(row.text, ids, offsets)
+            found = self._without_breaks(row.text, found)
         except UnbreakableError:
             return None
-        kept = self._one_start(ids)
-        self.num_double_starts += len(kept) < len(ids)
-        offsets = offsets[len(ids) - len(kept) :]
+        kept = self._one_start(found.ids)
+        num_cut = len(found.ids) - len(kept)
+        self.num_double_starts += num_cut > 0
         if not as_chat:
             kept = kept if kept and kept[-1] == self._eos_id else [*kept, self._eos_id]
             ids_L = np.array(kept, np.int32)
@@ -195,23 +229,21 @@ class Encoder:
         ids_L = np.array(kept, np.int32)
         labels_L = np.full(len(kept), IGNORED, np.int32)
         for span in row.spans:
-            first, past = _tokens_of(span, offsets)
+            first, past = (max(0, token - num_cut) for token in found.within(span))
             labels_L[first:past] = ids_L[first:past]
         return Encoded(ids_L, labels_L, any(span.has_stop for span in row.spans), num_escaped)
 
-    def _without_breaks(
-        self, text: str, ids: list[int], offsets: Offsets
-    ) -> tuple[list[int], Offsets]:
+    def _without_breaks(self, text: str, found: Tokenised) -> Tokenised:
         """Take out the tokens of the breaks that keep special tokens apart.
 
         Raises:
             UnbreakableError: A token holds a break and more, or a special token survived.
         """
         if BREAK not in text:
-            return ids, offsets
+            return found
         kept = [
             (token, place)
-            for token, place in zip(ids, offsets, strict=True)
+            for token, place in zip(found.ids, found.offsets, strict=True)
             if text[slice(*place)] != BREAK
         ]
         is_mixed = any(BREAK in text[slice(*place)] for _, place in kept)
@@ -219,7 +251,7 @@ class Encoder:
         num_special = sum(token in self._special_ids and end > at for token, (at, end) in kept)
         if is_mixed or num_special > self.specials.count(text):
             raise UnbreakableError
-        return [token for token, _ in kept], [place for _, place in kept]
+        return Tokenised([token for token, _ in kept], [place for _, place in kept])
 
     def _one_start(self, ids: list[int]) -> list[int]:
         """Keep one beginning-of-sequence token where template and tokenizer wrote two."""
@@ -229,12 +261,53 @@ class Encoder:
         return ids
 
 
+class Encoding:
+    """Rows that are being tokenised."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        rows: Sequence[RenderedChat],
+        parts: list[Future[list[Tokenised]]],
+        as_chat: bool,
+    ) -> None:
+        self._encoder, self._rows, self._parts, self._as_chat = encoder, rows, parts, as_chat
+
+    def result(self) -> list[Encoded | None]:
+        """Wait for the tokens; None for a row whose special tokens cannot be escaped."""
+        found = (row for part in self._parts for row in part.result())
+        return [
+            self._encoder._labelled(row, tokens, self._as_chat)
+            for row, tokens in zip(self._rows, found, strict=True)
+        ]
+
+
+class PromptEncoding:
+    """Prompts that are being tokenised."""
+
+    def __init__(
+        self, encoder: Encoder, texts: list[str], parts: list[Future[list[Tokenised]]]
+    ) -> None:
+        self._encoder, self._texts, self._parts = encoder, texts, parts
+
+    @cached_property
+    def _found(self) -> list[Tokenised]:
+        return [row for part in self._parts for row in part.result()]
+
+    def ids(self, number: int) -> tuple[int, ...]:
+        """Wait for all tokens; return those of one prompt.
+
+        Raises:
+            UnbreakableError: A special token in its text cannot be escaped.
+        """
+        kept = self._encoder._without_breaks(self._texts[number], self._found[number])
+        return tuple(self._encoder._one_start(kept.ids))
+
+
+def _threads_itself() -> bool:
+    """Say whether the tokenizer's core shares a call out among threads of its own."""
+    return os.environ.get("TOKENIZERS_PARALLELISM", "true").lower() not in _OFF
+
+
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _tokens_of(span: Span, offsets: Offsets) -> tuple[int, int]:
-    """Return (first, past) of the tokens that share a character with ``span``; offsets ascend."""
-    first = bisect_right(offsets, span.start, key=lambda place: place[1])
-    past = bisect_left(offsets, span.end, key=lambda place: place[0])
-    return first, max(first, past)

@@ -1,20 +1,22 @@
 """The way of a row: read, understood, rendered, tokenised, checked.
 
 Rows stream through in batches, since a fast tokenizer is fast on many texts at once and files may
-be larger than memory; what stays is a row's tokens. A row that cannot be used is a problem, and any
-problem ends the stage; a row that had better not be used is dropped and counted.
+be larger than memory; what stays is a row's tokens. While one batch is tokenised, in threads, the
+next is read and rendered here; all that is noted down is noted in the order of the file. A row that
+cannot be used is a problem, and any problem ends the stage; a row that had better not be used is
+dropped and counted.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from qlora_core.config import DatasetConfig
 from qlora_core.data.audit import Drops, Reason, shortened
 from qlora_core.data.chat import RenderedChat
-from qlora_core.data.encoding import Encoded, Encoder
+from qlora_core.data.encoding import Encoded, Encoder, Encoding, PromptEncoding
 from qlora_core.data.formats import Content, Layout, is_empty
 from qlora_core.data.layouts import choose_layout
 from qlora_core.data.prepared import IGNORED, Prompt
@@ -36,6 +38,26 @@ class _Draft(NamedTuple):
     side: Side
     group: bytes
     rendered: RenderedChat
+
+
+class _Dropped(NamedTuple):
+    """A row whose text alone tells that it had better not be used."""
+
+    place: Place
+    reason: Reason
+    content: Content
+
+
+class _Batch(NamedTuple):
+    """Drafts that are being tokenised, and what was dropped while they were read."""
+
+    drafts: list[_Draft]
+    dropped: list[_Dropped]
+    encoding: Encoding
+    prompts: PromptEncoding
+    """Of held-out chats."""
+    place_of: dict[int, int]
+    """Of a held-out draft among the prompts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +102,12 @@ class Pipeline:
             DataError: The file cannot be read, or holds no row.
         """
         records = read_records(source, self._config.split, self.problems)
-        drafts = self._drafts(self._with_layout(records, source), side_of)
-        while batch := list(islice(drafts, _BATCH)):
+        batches = self._batches(self._with_layout(records, source), side_of)
+        for batch in _one_ahead(batches):
+            for dropped in batch.dropped:
+                self._drop(*dropped)
             on_read()
-            if not self.problems.count:  # else only more problems are worth finding
+            if batch.drafts and not self.problems.count:  # else only more problems are of interest
                 yield from self._kept(batch)
 
     def _with_layout(self, records: Iterator[Record], source: Source) -> Iterator[Record]:
@@ -94,28 +118,44 @@ class Pipeline:
         self.layout = choose_layout(self._config, list(first.columns), source.uri)
         return chain([first], records)
 
-    def _drafts(
+    def _batches(
         self, records: Iterator[Record], side_of: Callable[[bytes], Side | None]
-    ) -> Iterator[_Draft]:
+    ) -> Iterator[_Batch]:
+        drafts: list[_Draft] = []
+        dropped: list[_Dropped] = []
         for record in records:
             self.num_read += 1
             try:
-                draft = self._draft(record, side_of)
+                found = self._draft(record, side_of)
             except BadRow as problem:
                 self.problems.add(record.place, problem)
-            else:
-                if draft is not None:
-                    yield draft
+                continue
+            if isinstance(found, _Dropped):
+                dropped.append(found)
+                continue
+            drafts.append(found)
+            if len(drafts) == _BATCH:
+                yield self._begun(drafts, dropped)
+                drafts, dropped = [], []
+        if drafts or dropped:
+            yield self._begun(drafts, dropped)
 
-    def _draft(self, record: Record, side_of: Callable[[bytes], Side | None]) -> _Draft | None:
+    def _begun(self, drafts: list[_Draft], dropped: list[_Dropped]) -> _Batch:
+        is_chat = bool(drafts) and not isinstance(drafts[0].content, str)
+        encoding = self._encoder.begin([draft.rendered for draft in drafts], as_chat=is_chat)
+        asked = [n for n, draft in enumerate(drafts) if is_chat and draft.side == "heldout"]
+        prompts = self._encoder.begin_prompts([drafts[n].rendered for n in asked])
+        place_of = {n: place for place, n in enumerate(asked)}
+        return _Batch(drafts, dropped, encoding, prompts, place_of)
+
+    def _draft(self, record: Record, side_of: Callable[[bytes], Side | None]) -> _Draft | _Dropped:
         assert self.layout is not None  # noqa: S101  # set by _with_layout, before any record
         content = self.layout.content(record)
         group = group_of(content, self._config.heldout.by)
         side = side_of(group)
         reason = self._early_objection(content, side)
         if reason or side is None:
-            self._drop(record.place, reason or "in_heldout", content)
-            return None
+            return _Dropped(record.place, reason or "in_heldout", content)
         return _Draft(record.place, content, side, group, self._encoder.render(content))
 
     def _early_objection(self, content: Content, side: Side | None) -> Reason | None:
@@ -130,25 +170,17 @@ class Pipeline:
     def _drop(self, place: Place, reason: Reason, content: Content) -> None:
         self._drops.add(place, reason, _text_of(content))
 
-    def _kept(self, batch: list[_Draft]) -> Iterator[Row]:
-        is_chat = not isinstance(batch[0].content, str)
-        tokens = self._encoder.encode([draft.rendered for draft in batch], as_chat=is_chat)
-        pairs = []
-        for draft, encoded in zip(batch, tokens, strict=True):
-            if encoded is None:
+    def _kept(self, batch: _Batch) -> Iterator[Row]:
+        encoded = zip(batch.drafts, batch.encoding.result(), strict=True)
+        for number, (draft, tokens) in enumerate(encoded):
+            if tokens is None:
                 self._drop(draft.place, "special_tokens", draft.content)
-            elif reason := self._objection(draft.side, encoded):
+            elif reason := self._objection(draft.side, tokens):
                 self._drop(draft.place, reason, draft.content)
             else:
-                pairs.append((draft, encoded))
-        asked = [is_chat and draft.side == "heldout" for draft, _ in pairs]
-        rendered = [
-            draft.rendered for (draft, _), is_asked in zip(pairs, asked, strict=True) if is_asked
-        ]
-        prompt_ids = iter(self._encoder.encode_prompts(rendered))
-        for (draft, encoded), is_asked in zip(pairs, asked, strict=True):
-            prompt = _prompt(draft.content, next(prompt_ids)) if is_asked else None
-            yield _row(draft, encoded, prompt)
+                place = batch.place_of.get(number)
+                ids = None if place is None else batch.prompts.ids(place)
+                yield _row(draft, tokens, None if ids is None else _prompt(draft.content, ids))
 
     def _objection(self, side: Side, tokens: Encoded) -> Reason | None:
         """Say why a tokenised row is left out, if it is."""
@@ -161,6 +193,17 @@ class Pipeline:
             return "duplicate"
         self._seen[side].add(digest)
         return None
+
+
+def _one_ahead(batches: Iterator[_Batch]) -> Iterator[_Batch]:
+    """Yield each batch when the next one is being tokenised already."""
+    waiting = next(batches, None)
+    for batch in batches:
+        assert waiting is not None  # noqa: S101  # there was one before this one
+        yield waiting
+        waiting = batch
+    if waiting is not None:
+        yield waiting
 
 
 def _row(draft: _Draft, tokens: Encoded, prompt: Prompt | None) -> Row:

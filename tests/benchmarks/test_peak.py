@@ -13,12 +13,21 @@ def test_memory_of_children_counts():
     child = HOLDS.format(size=150_000_000, seconds=2)
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
 
-    code, seconds, peak = watch([sys.executable, "-c", parent], every_s=0.1)
+    found = watch([sys.executable, "-c", parent], every_s=0.1)
 
-    assert code == 0
-    assert seconds > 2
-    assert 150e6 < peak.size_bytes < 250e6
-    assert "held" in peak.parts[0][1]
+    assert found.exit_code == 0
+    assert found.wall_s > 2
+    assert 150e6 < found.peak.size_bytes < 250e6
+    assert "held" in found.peak.parts[0][1]
+
+
+def test_cpu_seconds_of_children_that_are_gone_count():
+    busy = "import time\nwhile time.process_time() < 1.5: pass"
+    parent = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {busy!r}]);"
+
+    found = watch([sys.executable, "-c", f"{parent} time.sleep(0.5)"], every_s=0.05)
+
+    assert 1.2 < found.cpu_s < 3
 
 
 def test_a_process_that_left_its_parent_and_its_session_still_belongs():
@@ -28,15 +37,15 @@ def test_a_process_that_left_its_parent_and_its_session_still_belongs():
     parent = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {middle!r}]);"
     parent += "time.sleep(0.5); held = b'x' * 100_000_000; time.sleep(0.7)"
 
-    _, _, peak = watch([sys.executable, "-c", parent], every_s=0.1)
+    found = watch([sys.executable, "-c", parent], every_s=0.1)
 
-    assert peak.size_bytes > 200e6
+    assert found.peak.size_bytes > 200e6
 
 
 def test_a_command_that_fails_says_so():
-    code, _, _ = watch([sys.executable, "-c", "raise SystemExit(3)"], every_s=0.05)
+    found = watch([sys.executable, "-c", "raise SystemExit(3)"], every_s=0.05)
 
-    assert code == 3
+    assert found.exit_code == 3
 
 
 def test_strangers_do_not_belong():

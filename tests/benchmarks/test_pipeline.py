@@ -22,6 +22,7 @@ from benchmarks.record import as_stated
 from benchmarks.training.summary import Spread
 
 FEW = Spread(2.0, 1.0, 4.0)
+TWO = {"cold": FEW, "warm": FEW}
 BOTH = {"stage": FEW, "tokenise": FEW}
 
 
@@ -65,12 +66,12 @@ def test_pythons_are_not_kept_and_paths_become_text():
         ),
         (
             streaming_lines(
-                Streaming(8, 200, 1600, [Peak("original", "fold", 300_000_000, 500_000_000, True)])
+                Streaming(8, 200, 1600, [Peak("original", "fold", 300_000_000, 500_000_000)])
             ),
             "300  (at most 500)",
         ),
         (
-            orchestration_lines(Orchestration([], FEW, FEW, FEW, FEW, 0.3, 60.0, 0.0055)),
+            orchestration_lines(Orchestration([], TWO, TWO, FEW, FEW, 0.3, 60.0, 0.0055, 0.004)),
             "0.55%",
         ),
     ],

@@ -24,8 +24,6 @@ def prepare(order: Order, found: Prepared, folder: Path) -> None:
 
     _describe(order, folder)
     model_args, data_args, training_args, _, _ = get_train_args(_arguments(order, folder))
-    tokenizer = load_tokenizer(model_args)
-    template = get_template_and_fix_tokenizer(tokenizer["tokenizer"], data_args)
     mapped = loader._get_preprocessed_dataset
 
     def timed(dataset: Any, *args: Any, **options: Any) -> Any:
@@ -37,6 +35,8 @@ def prepare(order: Order, found: Prepared, folder: Path) -> None:
 
     loader._get_preprocessed_dataset = timed
     with found.timed("stage"):
+        tokenizer = load_tokenizer(model_args)
+        template = get_template_and_fix_tokenizer(tokenizer["tokenizer"], data_args)
         rows = get_dataset(
             template, model_args, data_args, training_args, stage="sft", **tokenizer
         )["train_dataset"]

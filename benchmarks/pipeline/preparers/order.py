@@ -43,8 +43,8 @@ class Prepared:
     """Of all rows, padding of packs included."""
     num_supervised: int = 0
     wall_s: dict[str, float] = field(default_factory=dict)
-    """Of `stage`, from the file to what training reads; and of `tokenise`, from rows in memory to
-    tokens and labels."""
+    """Of `stage`, from the file and the model's folder to what training reads; and of `tokenise`,
+    from rows in memory to tokens and labels."""
     cpu_s: dict[str, float] = field(default_factory=dict)
     """Of this process and those it started."""
 

@@ -16,7 +16,6 @@ from benchmarks.pipeline.preparers.order import Order, Prepared, fulfil
 
 def prepare(order: Order, found: Prepared, folder: Path) -> None:
     """Prepare the rows."""
-    tokenizer = AutoTokenizer.from_pretrained(order.model)
     args = SFTConfig(
         output_dir=str(folder),
         report_to="none",
@@ -26,10 +25,11 @@ def prepare(order: Order, found: Prepared, folder: Path) -> None:
         max_length=order.max_length,
         dataset_num_proc=order.num_processes,
     )
-    trainer = types.SimpleNamespace(
-        _tokenizer=tokenizer, chat_template=None, completion_only_loss=True
-    )
     with found.timed("stage"):
+        tokenizer = AutoTokenizer.from_pretrained(order.model)
+        trainer = types.SimpleNamespace(
+            _tokenizer=tokenizer, chat_template=None, completion_only_loss=True
+        )
         chats = _chats(order, folder)
         with found.timed("tokenise"):
             rows = SFTTrainer._prepare_dataset(
