@@ -58,9 +58,9 @@ def commit() -> str:
 
 
 def as_stated(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a command's options as JSON can hold them; which Pythons were given says nothing."""
+    """Return a command's options as JSON can hold them, without where files lie on this machine."""
     kept = {name: value for name, value in options.items() if name != "python"}
-    return {name: str(v) if isinstance(v, Path) else v for name, v in kept.items()}
+    return {name: v.name if isinstance(v, Path) else v for name, v in kept.items()}
 
 
 def store(folder: Path | None, name: str, what: str, measured: Mapping[str, Any]) -> Path:

@@ -15,7 +15,6 @@ Dims: L tokens of a row.
 """
 
 import os
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,40 +29,8 @@ from qlora_core.data.chat import ChatRenderer, RenderedChat, Span
 from qlora_core.data.formats import BREAK, Content
 from qlora_core.data.prepared import IGNORED
 from qlora_core.data.special_tokens import SpecialTokens
+from qlora_core.data.tokenised import Tokenised
 from qlora_core.errors import ModelError
-
-Offsets = list[tuple[int, int]]
-
-
-class Tokenised:
-    """A text's tokens; where they stand is asked of the core, as far as it can say.
-
-    A list of all places costs more than tokens and labels together.
-    """
-
-    def __init__(self, ids: list[int], offsets: Offsets | None, core: Any = None) -> None:
-        self.ids, self._offsets, self._core = ids, offsets, core
-
-    @property
-    def offsets(self) -> Offsets:
-        """Where each token begins and ends; they ascend."""
-        if self._offsets is None:
-            self._offsets = self._core.offsets
-        return self._offsets
-
-    def within(self, span: Span) -> tuple[int, int]:
-        """Return (first, past) of the tokens that share a character with ``span``."""
-        if self._offsets is None and span.start < span.end:
-            first = self._core.char_to_token(span.start)
-            past = self._core.char_to_token(span.end - 1)
-            if first is not None and past is not None:  # else white space that no token holds
-                while past < len(self.ids) and self._core.token_to_chars(past)[0] < span.end:
-                    past += 1  # a letter may be several tokens
-                return first, past
-        first = bisect_right(self.offsets, span.start, key=lambda place: place[1])
-        past = bisect_left(self.offsets, span.end, key=lambda place: place[0])
-        return first, max(first, past)
-
 
 _PLAIN = TokenizersBackend._encode_plus  # a few classes have their own, for layouts or Chinese
 _OFF = ("", "0", "f", "false", "n", "no", "off")  # as the core itself reads it
