@@ -53,7 +53,10 @@ def machine() -> dict[str, Any]:
 def commit() -> str:
     """Return the commit of this working tree, marked if it has changes."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # a bare machine may have no git
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 

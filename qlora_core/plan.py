@@ -16,8 +16,7 @@ from qlora_core.config import RunConfig
 from qlora_core.data.prepared import Rows
 from qlora_core.modeling.memory import MemoryEstimate, Workload, estimate_full, estimate_lora
 from qlora_core.modeling.shape import Shape
-from qlora_core.training.batching import Plan as Steps
-from qlora_core.training.batching import make_plan
+from qlora_core.training.batching import plan_training
 from qlora_core.training.room import USABLE, Demand, Room, find_room
 
 Role = Literal[
@@ -199,7 +198,7 @@ def _sized(
 ) -> TrainingSize | None:
     if num_rows < 1:
         return None
-    steps = _steps(config, num_rows)
+    steps = plan_training(config.training, config.seed, num_rows)
     passes = steps.num_stream_rows / num_rows
     return TrainingSize(
         num_rows=num_rows,
@@ -208,16 +207,6 @@ def _sized(
         longest_row=longest,
         supervised_share=supervised,
         is_exact=exact and passes.is_integer(),  # a part of an epoch may hold longer rows
-    )
-
-
-def _steps(config: RunConfig, num_rows: int) -> Steps:
-    return make_plan(
-        seed=config.seed,
-        num_rows=num_rows,
-        global_batch=config.training.global_batch,
-        epochs=config.training.epochs,
-        max_steps=config.training.max_steps,
     )
 
 
@@ -243,7 +232,9 @@ def _room(
 ) -> Room:
     """Return how the largest micro-batch will be computed; see `training.room`."""
     longest = training.longest_row if training else config.dataset.max_length
-    draws = bool(config.adapter.dropout)
+    draws, known = bool(config.adapter.dropout), None
+    if rows is not None and len(rows):
+        known = (rows, plan_training(config.training, config.seed, len(rows)))
     return find_room(
         Demand(
             shape=shape,
@@ -254,7 +245,7 @@ def _room(
             compute_dtype=device.compute_dtype,
             world_size=config.cluster.workers,
             num_lanes=1 if draws or device.kind == "cuda" else num_cores,
-            rows=(rows, _steps(config, len(rows))) if rows is not None and len(rows) else None,
+            rows=known,
             max_length=longest,
             shares_prefix=device.kind == "cpu" and not draws,
         ),

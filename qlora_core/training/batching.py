@@ -27,6 +27,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_core.config import TrainingConfig
+
 Indices = NDArray[np.int64]
 
 _HELDOUT_SEED = 0  # of our own choice: runs with other seeds measure the same held-out rows
@@ -89,6 +91,17 @@ def make_plan(
     if max_steps is not None:
         num_stream_rows = min(num_stream_rows, max_steps * global_batch)
     return Plan(seed, num_rows, global_batch, num_stream_rows)
+
+
+def plan_training(training: TrainingConfig, seed: int, num_rows: int) -> Plan:
+    """Plan what a recipe says of a dataset of ``num_rows`` training rows."""
+    return make_plan(
+        seed=seed,
+        num_rows=num_rows,
+        global_batch=training.global_batch,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+    )
 
 
 def heldout_rows(num_rows: int, at_most: int) -> Indices:

@@ -39,7 +39,7 @@ USABLE = 0.9
 """Of a device: the rest goes to fragmentation, and to others."""
 
 _WORTH_RECOMPUTING = 2048  # tokens
-_SMALLER = (
+SMALLER = (
     "Try training.checkpointing=on (or offload, on a GPU), a lower dataset.max_length, a lower "
     "adapter.rank, or quantization.keep_dequantized=off."
 )
@@ -67,7 +67,6 @@ class Demand:
         max_length: Tokens of the longest row, where rows are not known.
         is_packed: Rows lie end to end.
         shares_prefix: What all rows of a lane begin with is computed once.
-        is_fused: By our own functions.
     """
 
     shape: Shape
@@ -82,7 +81,6 @@ class Demand:
     max_length: int = 0
     is_packed: bool = True
     shares_prefix: bool = False
-    is_fused: bool = True
 
     def workload(self, num_rows: int, recompute: Recompute) -> Workload:
         """Return the largest pass of at most ``num_rows`` rows."""
@@ -96,7 +94,6 @@ class Demand:
             recompute=recompute,
             compute_dtype=self.compute_dtype,
             num_lanes=min(self.num_lanes, len(chunk.lengths)),
-            is_fused=self.is_fused,
             chunk_bytes=GPU_CHUNK_BYTES if self.device == "cuda" else CHUNK_BYTES,
             dense_budget_bytes=kept if isinstance(kept, int) else 0,
             runtime_bytes=RUNTIME_BYTES if self.device == "cpu" else 0,
@@ -175,7 +172,7 @@ class Room:
         if not self.fits:
             found.append(
                 f"Memory may be too little: about {self.estimate.total / 1e9:.2f} GB are needed "
-                f"for the smallest pass there is. {_SMALLER}"
+                f"for the smallest pass there is. {SMALLER}"
             )
         return found
 
@@ -189,7 +186,7 @@ class Room:
             raise ResourceError(
                 "The device ran out of memory on a single row.",
                 why=why,
-                fix=_SMALLER,
+                fix=SMALLER,
             )
         self.num_rows = min(self.num_rows, math.ceil(num_rows / 2))
         return (

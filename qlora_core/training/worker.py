@@ -31,7 +31,7 @@ from qlora_core.modeling.packing import packed_attention
 from qlora_core.modeling.shape import Shape, shape_of_model
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training import snapshot
-from qlora_core.training.batching import Plan, make_plan
+from qlora_core.training.batching import Plan, plan_training
 from qlora_core.training.comm import Comm
 from qlora_core.training.desk import job_fingerprint, open_desk
 from qlora_core.training.lanes import open_lanes
@@ -39,7 +39,7 @@ from qlora_core.training.loop import Position, Run, train
 from qlora_core.training.memory import memory_for_worker
 from qlora_core.training.objective import LossFunction
 from qlora_core.training.optimizer import make_optimizer, restore
-from qlora_core.training.room import Demand, Room, find_room
+from qlora_core.training.room import SMALLER, Demand, Room, find_room
 
 
 def ignore(_: StepMetrics) -> None:
@@ -76,7 +76,7 @@ def run_worker(
     if comm.rank == 0:
         desk = open_desk(run, job, snapshots, launch, position.step, steps, notes)
         desk.tell(on_step)
-    with _memory_errors(job), fast_paths(run) as fast:
+    with _memory_errors(), fast_paths(run) as fast:
         for metrics in train(fast, position):
             if comm.rank == 0:
                 desk.record(metrics, position)
@@ -87,13 +87,7 @@ def run_worker(
 
 def plan_of(job: TrainJob, num_rows: int) -> Plan:
     """Return the content of every step of ``job`` on a dataset of ``num_rows`` training rows."""
-    return make_plan(
-        seed=job.seed,
-        num_rows=num_rows,
-        global_batch=job.training.global_batch,
-        epochs=job.training.epochs,
-        max_steps=job.training.max_steps,
-    )
+    return plan_training(job.training, job.seed, num_rows)
 
 
 def _prepare(job: TrainJob, comm: Comm, device: torch.device, notes: list[str]) -> Run:
@@ -253,13 +247,12 @@ def _num_lanes(loss: LossFunction, micro_batch: int, device: torch.device) -> in
 
 
 @contextmanager
-def _memory_errors(job: TrainJob) -> Iterator[None]:
+def _memory_errors() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        smaller = max(1, job.training.micro_batch // 2)
         raise ResourceError(
-            f"The device ran out of memory with training.micro_batch={job.training.micro_batch}.",
+            "The device ran out of memory outside of a pass.",  # those are halved
             why=str(error).partition("\n")[0][:300],
-            fix=f"Try training.micro_batch={smaller} or training.checkpointing=on.",
+            fix=SMALLER,
         ) from error
