@@ -2,12 +2,13 @@
 
 import importlib.metadata
 import json
-import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 
 import torch
+
+from qlora_core.training.memory import peak_memory_bytes
 
 MARK, TOO_LARGE = "MEASURED ", "TOO LARGE"
 """Beginnings of the lines by which a process reports."""
@@ -67,7 +68,7 @@ class Watch:
 
     def begin(self) -> None:
         """Call before the first step, when the model is there."""
-        self.peak_before = peak_bytes(self.device)
+        self.peak_before = peak_memory_bytes(self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -80,14 +81,6 @@ class Watch:
             return False
         self.seconds = _now(self.device) - self._start
         return True
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Return the most memory of this process: allocated on a GPU, else resident."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -6,13 +6,14 @@ import torch
 
 from benchmarks.gpu.building import num_multiplied, random_model
 from benchmarks.gpu.cases import ALPHA, LEARNING_RATE, RANK, SEED, Case
-from benchmarks.gpu.measuring import Measurement, Watch, peak_bytes
+from benchmarks.gpu.measuring import Measurement, Watch
 from benchmarks.gpu.rows import random_rows
 from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
 from qlora_core.modeling.lora import attach_adapter
 from qlora_core.ports import TrainJob
 from qlora_core.training.comm import Alone
 from qlora_core.training.loop import Position, train
+from qlora_core.training.memory import peak_memory_bytes
 from qlora_core.training.worker import assemble, fast_paths
 
 
@@ -37,7 +38,7 @@ def measure(case: Case) -> Measurement:
             losses.append(metrics.loss)
             if watch.step_done():
                 break
-    peak = peak_bytes(device)
+    peak = peak_memory_bytes(device)
     return Measurement(
         system="ours",
         num_tokens=case.num_steps * case.global_batch * case.row_length,

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from benchmarks.gpu.building import num_multiplied, random_model
 from benchmarks.gpu.cases import ALPHA, LEARNING_RATE, RANK, SEED, Case
-from benchmarks.gpu.measuring import Measurement, Watch, peak_bytes
+from benchmarks.gpu.measuring import Measurement, Watch
 from benchmarks.gpu.rows import random_rows
 from qlora_core.config import AdapterConfig
 from qlora_core.modeling.lora import attach_adapter
+from qlora_core.training.memory import peak_memory_bytes
 
 _MAX_NORM = 1.0
 
@@ -36,7 +37,7 @@ def measure(case: Case) -> Measurement:
         optimizer.zero_grad()
         if watch.step_done():
             break
-    peak = peak_bytes(device)
+    peak = peak_memory_bytes(device)
     return Measurement(
         system="plain",
         num_tokens=case.num_steps * case.global_batch * case.row_length,

@@ -18,8 +18,9 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks.gpu.building import num_multiplied, random_model
 from benchmarks.gpu.cases import ALPHA, LEARNING_RATE, RANK, SEED, Case
-from benchmarks.gpu.measuring import Measurement, Watch, peak_bytes
+from benchmarks.gpu.measuring import Measurement, Watch
 from benchmarks.gpu.systems.plain import ids_of
+from qlora_core.training.memory import peak_memory_bytes
 
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -35,7 +36,7 @@ def measure(case: Case) -> Measurement:
         trainer = _trainer(case, base, listener, folder)
         watch.begin()
         trainer.train()
-    peak = peak_bytes(device)
+    peak = peak_memory_bytes(device)
     return Measurement(
         system="trl",
         num_tokens=case.num_steps * case.global_batch * case.row_length,
