@@ -10,7 +10,7 @@ dropped and counted.
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Literal, NamedTuple
 
 from qlora_core.config import DatasetConfig
@@ -109,6 +109,17 @@ class Pipeline:
             on_read()
             if batch.drafts and not self.problems.count:  # else only more problems are of interest
                 yield from self._kept(batch)
+
+    def check_first_rows(self, source: Source) -> None:
+        """Take note of what is wrong with the first batch of ``source``, and read no further.
+
+        Raises:
+            DataError: The file cannot be read, or holds no row.
+        """
+        records = read_records(source, self._config.split, self.problems)
+        first = islice(self._with_layout(records, source), _BATCH)
+        for batch in self._batches(first, lambda _: "train"):
+            batch.encoding.result()
 
     def _with_layout(self, records: Iterator[Record], source: Source) -> Iterator[Record]:
         first = next(records, None)

@@ -7,10 +7,10 @@ them twice for a while, memory one at a time. The file is gone when the process 
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -29,30 +29,26 @@ _ORDER = (
 """In which safetensors' own writer sorts a file's tensors, then by name: so all stay aligned."""
 
 
+@contextmanager
+def open_spool(folder: Path) -> Iterator["Spool"]:
+    """Give a spool on the disk of ``folder`` for the length of a block."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        yield Spool(file, folder)
+
+
 class Spool:
     """An unnamed file of tensors.
 
     Args:
+        file: Where they go.
         folder: On whose disk it lies.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, file: IO[bytes], folder: Path) -> None:
+        self._file, self._folder = file, folder
         self._placed: dict[str, tuple[int, TensorInfo]] = {}
         self._end = 0
         self._stream = Stream()
-
-    def __enter__(self) -> Self:
-        self._file = tempfile.TemporaryFile(dir=self._folder)  # closed by __exit__
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Set a tensor down; the caller may then let go of it.

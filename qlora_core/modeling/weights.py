@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import IO, Protocol
 
 import bitsandbytes.functional as bnb
 import numpy as np
@@ -93,7 +93,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def read_tensor(file: BinaryIO, start: int, info: TensorInfo) -> Tensor:
+def read_tensor(file: IO[bytes], start: int, info: TensorInfo) -> Tensor:
     """Return the tensor whose bytes begin at ``start`` of a file.
 
     Raises:

@@ -111,7 +111,7 @@ def check_inputs(
     with TemporaryDirectory() as folder, Drops(Path(folder) / "dropped.jsonl") as drops:
         pipeline = Pipeline(dataset, encoder, drops)
         for file in files:
-            next(pipeline.rows(file, lambda _: "train", lambda: None), None)
+            pipeline.check_first_rows(file)
         pipeline.problems.raise_if_any()
 
 

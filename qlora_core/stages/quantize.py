@@ -27,7 +27,7 @@ from qlora_core.modeling.quantization import (
     save_checkpoint,
     stored_bytes,
 )
-from qlora_core.modeling.spool import Spool
+from qlora_core.modeling.spool import open_spool
 from qlora_core.ports import Context, stage
 from qlora_core.sources import Source
 
@@ -73,7 +73,7 @@ def quantize_base(
     if found is not None:
         loaded, weights = found
         _check_vocabulary(loaded, tokenizer)
-        with Spool(ctx.scratch) as spool:
+        with open_spool(ctx.scratch) as spool:
             result = quantize_streamed(
                 loaded, weights, quantization, compute_dtype, on_layer, spool
             )

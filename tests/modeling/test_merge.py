@@ -30,7 +30,7 @@ from qlora_core.modeling.merge import (
     read_updates,
     write_merged,
 )
-from qlora_core.modeling.spool import Spool
+from qlora_core.modeling.spool import open_spool
 from qlora_core.modeling.weights import (
     CheckpointWeights,
     ModelWeights,
@@ -456,7 +456,7 @@ def test_what_is_spooled_becomes_the_bytes_that_safetensors_itself_writes(tmp_pa
     tensors = {f"{n}.weight": torch.ones(n + 1, 3).to(dtype) for n, dtype in enumerate(dtypes)}
     (tmp_path / "spooled").mkdir()
 
-    with Spool(tmp_path) as spool:
+    with open_spool(tmp_path) as spool:
         for name in sorted(tensors, reverse=True):
             spool.add(name, tensors[name])
         spool.write(tmp_path / "spooled")
