@@ -11,7 +11,9 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -84,6 +86,7 @@ def run(
     given = [*(overrides or []), *([f"cluster.address={cluster}"] if cluster else [])]
     config = _load(recipe, given)
     _quiet_prefect()
+    threading.Thread(target=_start_server, daemon=True).start()  # beside seconds of imports
     from flows.run import run_and_report
 
     run_and_report(config, out)
@@ -300,6 +303,14 @@ def _load(recipe: Path, overrides: list[str] | None) -> "RunConfig":
     from qlora_core.recipe import load_config
 
     return load_config(recipe, overrides or [])
+
+
+def _start_server() -> None:
+    from flows.server import ensure_server
+    from qlora_core.errors import QLoraError
+
+    with suppress(QLoraError):  # the run itself will ask again, and tell
+        ensure_server(_home())
 
 
 def _quiet_prefect() -> None:

@@ -72,7 +72,8 @@ def finetune(config: RunConfig) -> RunResult:
     """
     with running(config) as run:
         stages.check_first_rows(run.workspace)
-        made = _finish(_submit(run.workspace))
+        with stages.training_ahead(run.workspace):
+            made = _finish(_submit(run.workspace))
         return _publish(run, made)
 
 

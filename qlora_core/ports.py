@@ -8,6 +8,7 @@ other processes and machines.
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
@@ -68,6 +69,9 @@ class TrainJob(Frozen):
 
 class Launcher(Protocol):
     """Runs a training job on some number of workers, wherever they are."""
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Start now what a training within the block will need; it need not come to one."""
 
     def train(self, job: TrainJob, on_step: Callable[[StepMetrics], None]) -> None:
         """Run ``job`` to its end, calling ``on_step`` in order, each step once per call of train.

@@ -5,8 +5,9 @@ is worth another try is decided by the error itself. Arguments a person wants to
 graph (the artefacts) are arguments; all others come from the workspace.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
@@ -15,16 +16,26 @@ from qlora_core.artifacts import (
     AdapterCheckpoint,
     Artifact,
     EvalReport,
+    Facts,
     MergedModel,
     PreparedDataset,
     QuantizedBase,
     RegisteredModel,
 )
-from qlora_core.config import DatasetConfig, ModelConfig
+from qlora_core.config import (
+    AdapterConfig,
+    DatasetConfig,
+    ModelConfig,
+    QuantizationConfig,
+    TrainingConfig,
+)
+from qlora_core.ports import Stage
 from qlora_core.sources import Source
 from qlora_core.stages import evaluate, merge, prepare, quantize, register, train
 from tasks.wiring import Workspace, is_transient
 
+P = ParamSpec("P")
+F = TypeVar("F", bound=Facts)
 R = TypeVar("R")
 
 Data = Artifact[PreparedDataset]
@@ -60,11 +71,26 @@ def check_first_rows(ws: Workspace) -> None:
     Where the store has the prepared rows there is nothing to check.
     """
     inputs = _rows_and_model(ws)
-    if (
-        ws.store.find(prepare.prepare_dataset, ws.store.key(prepare.prepare_dataset, *inputs))
-        is None
-    ):
+    if _stored(ws, prepare.prepare_dataset, *inputs) is None:
         prepare.check_inputs(*inputs)
+
+
+@contextmanager
+def training_ahead(ws: Workspace) -> Iterator[None]:
+    """Let the launcher get ready beside the stages before it, unless the store has the adapter."""
+    data = _stored(ws, prepare.prepare_dataset, *_rows_and_model(ws))
+    base = _stored(ws, quantize.quantize_base, *_model_to_quantize(ws))
+    if data and base and _stored(ws, train.train_adapter, base, data, *_how_to_train(ws)):
+        yield
+        return
+    with ws.services.launcher.awake():
+        yield
+
+
+def _stored(
+    ws: Workspace, stage: Stage[P, F], *args: P.args, **kwargs: P.kwargs
+) -> Artifact[F] | None:
+    return ws.store.find(stage, ws.store.key(stage, *args, **kwargs), ws.progress)
 
 
 def _rows_and_model(
@@ -78,31 +104,23 @@ def _rows_and_model(
 @stage_task
 def quantize_base(ws: Workspace) -> Base:
     """Make the frozen base."""
-    config, found = ws.config, ws.sources
-    return ws.produce(
-        "base",
-        quantize.quantize_base,
-        config.model,
-        ws.quantization,
-        found.model,
-        found.template,
-    )
+    return ws.produce("base", quantize.quantize_base, *_model_to_quantize(ws))
+
+
+def _model_to_quantize(
+    ws: Workspace,
+) -> tuple[ModelConfig, QuantizationConfig, Source, Source | None]:
+    return ws.config.model, ws.quantization, ws.sources.model, ws.sources.template
 
 
 @stage_task
 def train_adapter(ws: Workspace, base: Base, data: Data) -> Adapter:
     """Train the adapter on the cluster."""
-    config = ws.config
-    return ws.produce(
-        "adapter",
-        train.train_adapter,
-        base,
-        data,
-        ws.quantization,
-        config.adapter,
-        config.training,
-        config.seed,
-    )
+    return ws.produce("adapter", train.train_adapter, base, data, *_how_to_train(ws))
+
+
+def _how_to_train(ws: Workspace) -> tuple[QuantizationConfig, AdapterConfig, TrainingConfig, int]:
+    return ws.quantization, ws.config.adapter, ws.config.training, ws.config.seed
 
 
 @stage_task

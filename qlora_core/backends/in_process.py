@@ -1,6 +1,7 @@
 """Train in this very process, alone: for notebooks and tests."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,10 @@ class InProcessLauncher:
     """One worker, here; on the GPU if there is one."""
 
     snapshots: SnapshotConfig
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Do nothing: all that is needed is here."""
+        return nullcontext()
 
     def train(self, job: TrainJob, on_step: Callable[[StepMetrics], None]) -> None:
         """Run ``job`` to its end, calling ``on_step`` once for each step, in order."""

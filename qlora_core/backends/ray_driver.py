@@ -5,7 +5,9 @@ dies, and takes over signal handling. Resuming is not left to Ray Train: each st
 its own, and the workers go on from our newest verified snapshot. Ray's own checkpoint register is
 rewritten in place, so a full disk can make it unreadable for good.
 
-    python -m qlora_core.backends.ray_driver SPEC.json PIPE
+    python -m qlora_core.backends.ray_driver HOME PIPE    # HOME: a `RayHome` in JSON
+
+The job comes later, as one line on stdin: the path of its `RaySpec`.
 """
 
 import json
@@ -16,13 +18,14 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 from uuid import uuid4
 
 import qlora_core
 from qlora_core.backends import process_session
 from qlora_core.backends.ray_resources import WORKER_PROCESS, local_cpus, share_out
-from qlora_core.backends.ray_worker import RaySpec, train_on_worker
+from qlora_core.backends.ray_worker import RayHome, RaySpec, train_on_worker
 from qlora_core.errors import LaunchError, QLoraError
 
 OBJECT_STORE_BYTES = 80_000_000
@@ -30,67 +33,73 @@ OBJECT_STORE_BYTES = 80_000_000
 
 
 def main() -> None:
-    """Run the job of the spec and write its outcome to the pipe: `{}` or an error's fields."""
-    spec = RaySpec.model_validate_json(Path(sys.argv[1]).read_text("utf-8"))
-    threading.Thread(target=_end_with_parent, args=[spec], daemon=True).start()
+    """Run the job that comes on stdin; write `{}` or an error's fields to the pipe."""
+    home = RayHome.model_validate_json(sys.argv[1])
+    jobs: SimpleQueue[RaySpec] = SimpleQueue()
+    threading.Thread(target=_listen, args=[home, jobs], daemon=True).start()
     outcome: dict[str, str] = {}
     try:
-        _run(spec)
+        _connect(home)
+        _run(jobs.get())
     except QLoraError as error:
         outcome = error.to_json()
     with os.fdopen(int(sys.argv[2]), "w") as pipe:
         pipe.write(json.dumps(outcome))
 
 
-def _end_with_parent(spec: RaySpec) -> None:
-    """Wait until the launcher's end of our stdin closes, as it does however the launcher ends."""
-    while os.read(sys.stdin.fileno(), 1024):
-        continue
+def _listen(home: RayHome, jobs: "SimpleQueue[RaySpec]") -> None:
+    """Pass on the job, and end with the launcher: then our stdin closes, however it ends."""
+    for line in sys.stdin:
+        jobs.put(RaySpec.model_validate_json(Path(line.rstrip("\n")).read_text("utf-8")))
     for pid in process_session.members(os.getsid(0)):
         if pid != os.getpid():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(spec.temp, ignore_errors=True)
+    shutil.rmtree(home.temp, ignore_errors=True)
     os._exit(1)
 
 
 def _run(spec: RaySpec) -> None:
     import ray
 
-    _connect(spec)
+    with spec.log.open("ab") as log:
+        for output in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), output.fileno())
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cpus, gpus = share_out(spec.cluster, nodes)
         _fit(spec.model_copy(update={"cpus_per_worker": cpus}), gpus)
     finally:
-        ray.shutdown()
+        if spec.cluster.address is not None:  # our own is ended by the launcher, which is quicker
+            ray.shutdown()
 
 
-def _connect(spec: RaySpec) -> None:
+def _connect(home: RayHome) -> None:
     import ray
+    import ray.train.torch  # takes seconds, like Ray itself: there may be no job yet
 
     settings: dict[str, Any] = {"log_to_driver": True, "namespace": "qloraflow"}
-    if spec.cluster.address is None:
+    if home.cluster.address is None:
         settings |= {
             "address": "local",
-            "num_cpus": local_cpus(spec.cluster),
+            "num_cpus": local_cpus(home.cluster),
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": str(spec.temp / "r"),  # Ray opens it to everybody; its parent is private
+            "_temp_dir": str(home.temp / "r"),  # Ray opens it to everybody; its parent is private
         }
     else:
         package = str(Path(qlora_core.__file__).parent)
         settings |= {
-            "address": spec.cluster.address,
+            "address": home.cluster.address,
             "runtime_env": {"py_modules": [package], "env_vars": worker_environment()},
         }
     try:
         ray.init(**settings)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise LaunchError(
-            f"Ray does not answer at {spec.cluster.address or 'a local address'}: {error}",
+            f"Ray does not answer at {home.cluster.address or 'a local address'}: {error}",
             fix="Check cluster.address and that the cluster runs; leave it out for a Ray of the "
-            f"run's own. The log: {spec.log}",
+            f"run's own. The log: {home.log}",
         ) from error
 
 

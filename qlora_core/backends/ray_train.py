@@ -4,53 +4,30 @@ Three layers catch faults, each what the one below cannot: Ray restarts lost *wo
 launcher restarts a lost *driver* (it ends without a word when Ray's head dies); running the same
 recipe again restarts a lost *launcher*. All of them go on from the newest verified snapshot.
 
-Nothing of Ray is imported here: the driver lives in a session of its own, ends when our end of its
-stdin closes (even by SIGKILL), and is ended, with all of Ray's processes, when we leave.
+Nothing of Ray is imported here; the driver is a process of its own (`ray_process`).
 """
 
 import json
-import os
-import secrets
 import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
-import qlora_core
-from qlora_core.backends import process_session
 from qlora_core.backends.ray_address import require_ray
-from qlora_core.backends.ray_resources import WORKER_PROCESS, require_local_room
+from qlora_core.backends.ray_process import DriverProcess, start_driver
+from qlora_core.backends.ray_resources import require_local_room
 from qlora_core.backends.ray_worker import RaySpec
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import LaunchError, from_json
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.attempt import next_launch
 from qlora_core.training.desk import NOTES_FILE, SUMMARY_FILE
-from qlora_core.training.durable import replace_durably
 from qlora_core.training.journal import JOURNAL_FILE, StepTail, Tail
 
 _POLL_S = 0.1
-_PATIENCE_S = 10.0  # Ray's processes need about 3 s to end in good order
-
-# Measured with Ray 2.60: what each default costs is in the comment.
-_RAY_SETTINGS = {
-    "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # 2 s: a lost worker is noticed later
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # 600 s: a stopped worker blocks that long
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # x 6 controller failures > 65 s to lose a node
-    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # none: a barrier can wait for ever
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10",  # 30 s for each restart after a hang
-    "RAY_TRAIN_METRICS_ENABLED": "0",  # Prometheus gauges that nobody reads
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers would run in a folder of Ray's
-    "RAY_worker_niceness": "0",  # 15: training would wait for whatever else this machine does
-    **WORKER_PROCESS,
-}
 
 
 @dataclass(frozen=True)
@@ -63,6 +40,22 @@ class RayTrainLauncher:
     """Told what a person should know, once: a resume, a damaged snapshot, a lost driver."""
     check: Callable[[], None] = lambda: None
     """Called several times a second; what it raises ends training and all of Ray's processes."""
+    _waiting: "SimpleQueue[DriverProcess]" = field(
+        default_factory=SimpleQueue, init=False, repr=False, compare=False
+    )
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Start a Ray of our own now, for the training that is to come within the block."""
+        if self.cluster.address is not None:
+            yield  # it runs already
+            return
+        self._waiting.put(start_driver(self.cluster))
+        try:
+            yield
+        finally:
+            if unused := self._taken():
+                unused.end()
 
     def train(self, job: TrainJob, on_step: Callable[[StepMetrics], None]) -> None:
         """Run ``job`` to its end, calling ``on_step`` once for each step, in order.
@@ -96,21 +89,31 @@ class RayTrainLauncher:
 
     def _launch(self, job: TrainJob, follower: "_Follower") -> bool:
         """Run one driver; return whether it finished the job, False if it was lost."""
-        temp = Path(tempfile.mkdtemp(prefix="ql-", dir=_short_folder()))
         spec = RaySpec(
             job=job,
             cluster=self.cluster,
             snapshots=self.snapshots,
             launch=next_launch(job.scratch),
-            temp=temp,
             log=_log_file(job),
         )
+        driver = self._taken() or start_driver(self.cluster, spec.log)
         try:
-            with _driver(spec) as driver:
-                return _watch(driver, spec, follower, self.check)
+            driver.give(spec)
+            return _watch(driver, spec, follower, self.check)
         finally:
-            shutil.rmtree(temp, ignore_errors=True)
+            driver.end()
             shutil.rmtree(job.scratch / "ray", ignore_errors=True)
+
+    def _taken(self) -> DriverProcess | None:
+        """Return the driver that waits for a job, if there is one and Ray came up for it."""
+        try:
+            driver = self._waiting.get_nowait()
+        except Empty:
+            return None
+        if not driver.has_answered():
+            return driver
+        driver.end()  # another one will meet the same trouble, and tell it
+        return None
 
 
 @dataclass(frozen=True)
@@ -137,54 +140,11 @@ class _Follower:
             self.on_step(metrics)
 
 
-@dataclass(frozen=True)
-class _Driver:
-    """A running driver and the pipe on which it answers."""
-
-    process: subprocess.Popen[bytes]
-    answer: int
-
-    def outcome(self) -> dict[str, str] | None:
-        """Return what the ended driver answered; None if it ended without an answer."""
-        os.set_blocking(self.answer, False)
-        try:
-            text = os.read(self.answer, 1 << 16)
-        except BlockingIOError:
-            return None
-        return json.loads(text) if text else None
-
-
-@contextmanager
-def _driver(spec: RaySpec) -> Iterator[_Driver]:
-    """Start a driver; on the way out end it and every process it started."""
-    spec_file = spec.job.scratch / "ray_spec.json"
-    replace_durably(spec_file, spec.model_dump_json().encode())
-    answer, far_end = os.pipe()
-    command = [sys.executable, "-m", "qlora_core.backends.ray_driver", str(spec_file), str(far_end)]
-    with spec.log.open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            pass_fds=[far_end],
-            env=_environment(spec),
-        )
-    os.close(far_end)
-    try:
-        yield _Driver(process, answer)
-    finally:
-        process_session.end(process.pid, patience_s=_PATIENCE_S)
-        process.wait()
-        os.close(answer)
-        if process.stdin:
-            process.stdin.close()
-
-
-def _watch(driver: _Driver, spec: RaySpec, follower: _Follower, check: Callable[[], None]) -> bool:
+def _watch(
+    driver: DriverProcess, spec: RaySpec, follower: _Follower, check: Callable[[], None]
+) -> bool:
     """Follow a driver to its end; return whether it finished, False if it was lost."""
-    while driver.process.poll() is None and not spec.error_file.exists():
+    while not driver.has_answered() and not spec.error_file.exists():
         check()
         follower.catch_up()
         time.sleep(_POLL_S)
@@ -195,21 +155,6 @@ def _watch(driver: _Driver, spec: RaySpec, follower: _Follower, check: Callable[
     if outcome:
         raise from_json(outcome)
     return outcome is not None
-
-
-def _environment(spec: RaySpec) -> dict[str, str]:
-    """Return the driver's environment; a Ray of our own gets a secret of its own."""
-    root = str(Path(qlora_core.__file__).parent.parent)
-    paths = [root, os.environ.get("PYTHONPATH", "")]
-    environment = (
-        dict(os.environ) | _RAY_SETTINGS | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    )
-    if spec.cluster.address is None:
-        environment.pop("RAY_ADDRESS", None)
-        environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody preempts this machine
-        environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "120"  # it may be busy, not lost
-        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    return environment
 
 
 def _absolute(job: TrainJob) -> TrainJob:
@@ -227,8 +172,3 @@ def last_lines(path: Path, count: int = 15) -> str:
     if not path.exists():
         return ""
     return "\n".join(path.read_text("utf-8", errors="replace").splitlines()[-count:])
-
-
-def _short_folder() -> str | None:
-    """Return a folder with a short path: a Unix socket's path holds 107 characters at most."""
-    return "/tmp" if Path("/tmp").is_dir() else None  # noqa: S108  # mkdtemp makes it private

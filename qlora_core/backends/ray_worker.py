@@ -16,6 +16,16 @@ from qlora_core.errors import QLoraError, StoreError, TrainingError
 from qlora_core.ports import TrainJob
 
 
+class RayHome(Frozen):
+    """What a driver is told when it starts: which Ray it works with."""
+
+    cluster: ClusterConfig
+    temp: Path
+    """Where a Ray started by the driver keeps its sockets and logs; its path is short."""
+    log: Path
+    """Where the driver writes what it says until it has a job."""
+
+
 class RaySpec(Frozen):
     """What the launcher tells the driver, and the driver its workers."""
 
@@ -23,8 +33,6 @@ class RaySpec(Frozen):
     cluster: ClusterConfig
     snapshots: SnapshotConfig
     launch: str
-    temp: Path
-    """Where a Ray started by the driver keeps its sockets and logs; its path is short."""
     log: Path
     """Where driver and workers write what they say."""
     cpus_per_worker: int = 1

@@ -117,6 +117,58 @@ def test_an_error_of_a_worker_arrives_as_what_it_is_and_is_not_retried(broken_ba
 
 
 @pytest.mark.ray
+def test_ray_comes_up_before_there_is_a_job_and_is_used_for_it(make_job):
+    alone = train_here(make_job("alone"))
+    said = []
+    launcher = RayTrainLauncher(ClusterConfig(), SNAPSHOTS, said.append)
+
+    with launcher.awake():
+        waiting = ours("ray_driver")[0]
+        wait_for_ray(waiting)
+        steps, drivers = [], set()
+        job = make_job("ray")
+        launcher.train(job, lambda step: (steps.append(step), drivers.update(ours("ray_driver"))))
+
+    assert drivers == {waiting}
+    assert losses(steps) == pytest.approx(losses(alone), rel=1e-4)
+    assert not any("lost" in sentence for sentence in said)
+    assert (job.scratch / "ray.log").stat().st_size > 0
+    assert ours() == []
+
+
+@pytest.mark.ray
+def test_a_ray_that_nobody_came_to_use_leaves_nothing(make_job):
+    with RayTrainLauncher(ClusterConfig(), SNAPSHOTS, print).awake():
+        waiting = ours("ray_driver")[0]
+        temp = Path(json.loads(waiting.cmdline()[3])["temp"])
+        wait_for_ray(waiting)
+
+    assert ours() == []
+    assert not temp.exists()
+
+
+@pytest.mark.ray
+def test_a_ray_that_died_while_it_waited_is_started_again(make_job):
+    launcher = RayTrainLauncher(ClusterConfig(), SNAPSHOTS, print)
+    steps = []
+
+    with launcher.awake():
+        waiting = ours("ray_driver")[0]
+        waiting.kill()
+        launcher.train(make_job("ray", epochs=2), steps.append)
+
+    assert steps
+    assert ours() == []
+
+
+def wait_for_ray(driver: psutil.Process) -> None:
+    deadline = time.monotonic() + 60
+    while not any("raylet" in command(child) for child in driver.children(recursive=True)):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.ray
 def test_nothing_is_left_when_the_launcher_is_killed(make_job, tmp_path):
     job = make_job(epochs=4000, heldout_every=None)
     (tmp_path / "job.json").write_text(job.model_dump_json())
@@ -132,7 +184,7 @@ def test_nothing_is_left_when_the_launcher_is_killed(make_job, tmp_path):
             assert launcher.poll() is None
             time.sleep(0.2)
         session = ours("ray_driver")[0].pid
-        temp = Path(json.loads((job.scratch / "ray_spec.json").read_text())["temp"])
+        temp = Path(json.loads(ours("ray_driver")[0].cmdline()[3])["temp"])
     finally:
         os.kill(launcher.pid, signal.SIGKILL)
         launcher.wait()

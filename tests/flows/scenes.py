@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ class Watcher(SilentProgress):
 
 class FullCluster:
     """A launcher whose turn never comes: training has not begun, and has left no trace."""
+
+    def awake(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def train(self, job: TrainJob, on_step: Callable[[StepMetrics], None]) -> None:
         time.sleep(600)

@@ -3,6 +3,9 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
@@ -14,6 +17,7 @@ from flows.result import RunResult
 from qlora_core.backends.in_process import InProcessLauncher
 from qlora_core.config import RunConfig
 from qlora_core.errors import ConfigError, DataError
+from qlora_core.ports import Launcher
 from tests.flows.scenes import (
     NUM_STEPS,
     Children,
@@ -52,12 +56,27 @@ def children() -> Children:
     return Children()
 
 
-def run(config: RunConfig, watcher: Watcher | None = None) -> RunResult:
+@dataclass(frozen=True)
+class Sleeper(InProcessLauncher):
+    """Remembers whether it was woken before it had to train."""
+
+    woken: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        self.woken.append("up")
+        yield
+        self.woken.append("down")
+
+
+def run(
+    config: RunConfig, watcher: Watcher | None = None, launcher: Launcher | None = None
+) -> RunResult:
     from flows.finetune import run_recipe
     from tasks.wiring import Surroundings
 
-    around = Surroundings(watcher or Watcher(), InProcessLauncher(config.snapshots))
-    return run_recipe(config, around)
+    launcher = launcher or InProcessLauncher(config.snapshots)
+    return run_recipe(config, Surroundings(watcher or Watcher(), launcher))
 
 
 @pytest.fixture(scope="module")
@@ -156,11 +175,12 @@ def test_mlflow_names_the_prefect_run_and_the_artefacts(finished, store):
 
 
 def test_the_second_run_finds_everything_and_says_so(finished, recipe, store):
-    watcher = Watcher()
+    watcher, launcher = Watcher(), Sleeper(recipe.snapshots)
 
-    again = run(recipe, watcher)
+    again = run(recipe, watcher, launcher)
 
     assert watcher.built == set()
+    assert launcher.woken == []
     assert set(task_states(store, again.run_id).values()) == {"Cached"}
     assert again.run_id != finished.run_id
     assert again.adapter == finished.adapter
@@ -169,9 +189,11 @@ def test_the_second_run_finds_everything_and_says_so(finished, recipe, store):
 
 
 def test_another_learning_rate_trains_again_and_nothing_before(finished, recipe, store):
-    watcher = Watcher()
+    watcher, launcher = Watcher(), Sleeper(recipe.snapshots)
 
-    other = run(changed(recipe, "training", learning_rate=1e-3), watcher)
+    other = run(changed(recipe, "training", learning_rate=1e-3), watcher, launcher)
+
+    assert launcher.woken == ["up", "down"]
 
     before = {"prepare_dataset", "quantize_base", "evaluate base"}
     assert not watcher.built & before
