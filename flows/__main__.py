@@ -13,9 +13,10 @@ import sys
 import tempfile
 import threading
 import traceback
-from contextlib import suppress
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -23,6 +24,7 @@ from rich.markup import escape
 
 if TYPE_CHECKING:
     from flows.chat import Conversation
+    from flows.server import Connection
     from qlora_core.config import RunConfig
 
 app = typer.Typer(
@@ -33,6 +35,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+R = TypeVar("R")
 _INTERRUPTED = 130  # Typer's exit code for Ctrl-C
 _PIPE_COLUMNS = 120  # Rich takes 80 where there is no terminal, too narrow for a comparison
 
@@ -86,10 +89,10 @@ def run(
     given = [*(overrides or []), *([f"cluster.address={cluster}"] if cluster else [])]
     config = _load(recipe, given)
     _quiet_prefect()
-    threading.Thread(target=_start_server, daemon=True).start()  # beside seconds of imports
+    server = _begun(_server)  # it starts beside seconds of imports
     from flows.run import run_and_report
 
-    run_and_report(config, out)
+    run_and_report(config, out, server.result)
 
 
 @app.command()
@@ -305,12 +308,24 @@ def _load(recipe: Path, overrides: list[str] | None) -> "RunConfig":
     return load_config(recipe, overrides or [])
 
 
-def _start_server() -> None:
+def _server() -> "Connection":
     from flows.server import ensure_server
-    from qlora_core.errors import QLoraError
 
-    with suppress(QLoraError):  # the run itself will ask again, and tell
-        ensure_server(_home())
+    return ensure_server(_home())
+
+
+def _begun(call: Callable[[], R]) -> "Future[R]":
+    """Begin ``call`` in a thread that does not keep the process from ending."""
+    future: Future[R] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # whoever asks for the result gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _quiet_prefect() -> None:

@@ -13,7 +13,7 @@ A flow run is Prefect's; a *run* is ours (see `records`): if this process is kil
 with the same recipe is another flow run, and the same run in our records and in MLflow.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from prefect import flow
@@ -33,7 +33,7 @@ from flows.lifecycle import (
 )
 from flows.records import load_record
 from flows.result import RunResult, page
-from flows.server import ensure_server
+from flows.server import Connection, ensure_server
 from qlora_core.config import RunConfig
 from tasks import places, stages, wiring
 from tasks.wiring import Surroundings, Workspace
@@ -41,16 +41,24 @@ from tasks.wiring import Surroundings, Workspace
 _threads: Any = ThreadPoolTaskRunner(max_workers=8)  # Prefect's own types disagree on it
 
 
-def run_recipe(config: RunConfig, surroundings: Surroundings) -> RunResult:
+def run_recipe(
+    config: RunConfig,
+    surroundings: Surroundings,
+    connect: Callable[[], Connection] = lambda: ensure_server(places.home()),
+) -> RunResult:
     """Run a recipe on the Prefect server in use; what `qlora run` calls.
+
+    Args:
+        config: The recipe.
+        surroundings: Who watches, and what trains.
+        connect: Returns the server.
 
     Raises:
         QLoraError: What went wrong, in the words of the stage it went wrong in.
         KeyboardInterrupt: The run was cancelled by Ctrl-C or SIGTERM, and is marked so.
     """
     refuse_secrets(config)
-    connection = ensure_server(places.home())
-    with connection.in_use(), wiring.surrounded_by(surroundings), sigterm_interrupts():
+    with connect().in_use(), wiring.surrounded_by(surroundings), sigterm_interrupts():
         try:
             return finetune(config)
         except INTERRUPTIONS as interruption:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-import psutil
 import torch
 from rich import box
 from rich.console import Console
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from flows.quantities import size, unit_of
 from qlora_core.artifacts import Artifact, Facts, PreparedDataset
+from qlora_core.backends.memory import SilentProgress
 from qlora_core.backends.ray_resources import cores_of_worker
 from qlora_core.config import RunConfig
 from qlora_core.data.prepared import read_split
@@ -26,7 +26,9 @@ from qlora_core.modeling.shape import shape_of
 from qlora_core.plan import Device, Plan, RawSize, Role, plan_run
 from qlora_core.ports import Stage
 from qlora_core.store import Store
+from qlora_core.training.memory import total_bytes
 from tasks import places, stages
+from tasks.progress import RunProgress
 from tasks.wiring import Workspace, find_sources, require_workers, resolved_quantization
 
 P = ParamSpec("P")
@@ -49,6 +51,7 @@ class _Lookup(Workspace):
         self.store = Store(places.store_root(config))
         self.sources = find_sources(config)
         self.quantization = resolved_quantization(config)
+        self.progress = RunProgress(SilentProgress())  # a plan shows what is there, and no more
 
     def produce(
         self, role: str, stage: Stage[P, F], /, *args: P.args, **kwargs: P.kwargs
@@ -138,7 +141,7 @@ def _device(ws: _Lookup) -> Device:
         name = torch.cuda.get_device_name()
         return Device(kind="cuda", name=name, memory_bytes=memory, compute_dtype=dtype)
     name = f"{os.cpu_count()} CPU cores"
-    memory = psutil.virtual_memory().total
+    memory = total_bytes()
     return Device(kind="cpu", name=name, memory_bytes=memory, compute_dtype=dtype)
 
 

@@ -1,6 +1,7 @@
 """``qlora run`` and ``qlora sync``: a run with somebody watching it."""
 
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from flows.console import progress_on
 from flows.finetune import run_recipe
 from flows.records import RunRecord, load_record, records
 from flows.report import addresses, show_record
-from flows.server import server_status
+from flows.server import Connection, server_status
 from qlora_core.backends.mlflow_tracking import replay, waiting
 from qlora_core.config import RunConfig
 from qlora_core.errors import QLoraError
@@ -19,8 +20,15 @@ from tasks import places
 from tasks.wiring import Surroundings
 
 
-def run_and_report(config: RunConfig, console: Console) -> RunRecord:
+def run_and_report(
+    config: RunConfig, console: Console, connect: Callable[[], Connection]
+) -> RunRecord:
     """Run a recipe with progress on ``console``, ending in what was built and where to look.
+
+    Args:
+        config: The recipe.
+        console: Where a person watches.
+        connect: Returns the Prefect server to use.
 
     Raises:
         QLoraError: What went wrong; the same command continues from there.
@@ -29,7 +37,7 @@ def run_and_report(config: RunConfig, console: Console) -> RunRecord:
     begun = datetime.now(UTC).isoformat(timespec="milliseconds")
     try:
         with progress_on(console) as progress:
-            result = run_recipe(config, Surroundings(progress))
+            result = run_recipe(config, Surroundings(progress), connect)
     except QLoraError:
         _show_measured(store, begun, console)
         raise

@@ -18,7 +18,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 from uuid import uuid4
 
@@ -28,6 +28,10 @@ from qlora_core.backends.ray_resources import WORKER_PROCESS, local_cpus, share_
 from qlora_core.backends.ray_worker import RayHome, RaySpec, train_on_worker
 from qlora_core.errors import LaunchError, QLoraError
 
+_IDLE_S = 180.0
+"""How long a Ray without a job is kept. There may come none (another run makes the adapter, say),
+and beside a preparation that takes longer than this, starting anew counts for little."""
+
 OBJECT_STORE_BYTES = 80_000_000
 """Nothing big goes through Ray's object store; 75 MiB is the least it takes."""
 
@@ -35,22 +39,26 @@ OBJECT_STORE_BYTES = 80_000_000
 def main() -> None:
     """Run the job that comes on stdin; write `{}` or an error's fields to the pipe."""
     home = RayHome.model_validate_json(sys.argv[1])
-    jobs: SimpleQueue[RaySpec] = SimpleQueue()
+    jobs: SimpleQueue[Path] = SimpleQueue()
     threading.Thread(target=_listen, args=[home, jobs], daemon=True).start()
     outcome: dict[str, str] = {}
     try:
         _connect(home)
-        _run(jobs.get())
+        _run(jobs.get(timeout=None if home.has_job else _IDLE_S))
+    except Empty:
+        return
     except QLoraError as error:
+        if not home.has_job and jobs.empty():
+            return  # the next driver will meet the same trouble, and has somebody to tell
         outcome = error.to_json()
     with os.fdopen(int(sys.argv[2]), "w") as pipe:
         pipe.write(json.dumps(outcome))
 
 
-def _listen(home: RayHome, jobs: "SimpleQueue[RaySpec]") -> None:
+def _listen(home: RayHome, jobs: "SimpleQueue[Path]") -> None:
     """Pass on the job, and end with the launcher: then our stdin closes, however it ends."""
-    for line in sys.stdin:
-        jobs.put(RaySpec.model_validate_json(Path(line.rstrip("\n")).read_text("utf-8")))
+    for line in sys.stdin.buffer:
+        jobs.put(Path(os.fsdecode(line.removesuffix(b"\n"))))
     for pid in process_session.members(os.getsid(0)):
         if pid != os.getpid():
             with suppress(ProcessLookupError):
@@ -59,9 +67,10 @@ def _listen(home: RayHome, jobs: "SimpleQueue[RaySpec]") -> None:
     os._exit(1)
 
 
-def _run(spec: RaySpec) -> None:
+def _run(job: Path) -> None:
     import ray
 
+    spec = RaySpec.model_validate_json(job.read_text("utf-8"))
     with spec.log.open("ab") as log:
         for output in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), output.fileno())

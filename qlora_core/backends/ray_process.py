@@ -51,12 +51,15 @@ class DriverProcess:
     _said: bytes = field(default=b"", init=False)
 
     def give(self, spec: RaySpec) -> None:
-        """Let it run the job of ``spec``."""
+        """Let it run the job of ``spec``; what it has said before is kept in the job's log."""
         file = spec.job.scratch / "ray_spec.json"
         replace_durably(file, spec.model_dump_json().encode())
+        if self.home.log != spec.log:
+            with spec.log.open("ab") as log:
+                log.write(self.home.log.read_bytes())
         assert self.process.stdin is not None  # noqa: S101  # it was started with one
         with suppress(BrokenPipeError):  # it has ended: its answer says why
-            self.process.stdin.write(f"{file}\n".encode())
+            self.process.stdin.write(os.fsencode(file) + b"\n")
             self.process.stdin.flush()
 
     def has_answered(self) -> bool:
@@ -96,22 +99,32 @@ def start_driver(cluster: ClusterConfig, log: Path | None = None) -> DriverProce
         log: Where it and Ray write what they say until there is a job; none: a file of its own.
     """
     temp = Path(tempfile.mkdtemp(prefix="ql-", dir=_short_folder()))
-    home = RayHome(cluster=cluster, temp=temp, log=log or temp / "driver.log")
+    home = RayHome(cluster=cluster, temp=temp, log=log or temp / "driver.log", has_job=bool(log))
     pipe, far_end = os.pipe()
     os.set_blocking(pipe, False)
+    try:
+        process = _started(home, far_end)
+    except BaseException:
+        os.close(pipe)
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
+    finally:
+        os.close(far_end)
+    return DriverProcess(home, process, pipe)
+
+
+def _started(home: RayHome, far_end: int) -> subprocess.Popen[bytes]:
     module = "qlora_core.backends.ray_driver"
     with home.log.open("ab") as said:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", module, home.model_dump_json(), str(far_end)],
             stdin=subprocess.PIPE,
             stdout=said,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=[far_end],
-            env=_environment(cluster),
+            env=_environment(home.cluster),
         )
-    os.close(far_end)
-    return DriverProcess(home, process, pipe)
 
 
 def _environment(cluster: ClusterConfig) -> dict[str, str]:

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -50,7 +50,8 @@ class RayTrainLauncher:
         if self.cluster.address is not None:
             yield  # it runs already
             return
-        self._waiting.put(start_driver(self.cluster))
+        with suppress(OSError):  # no room, say: `train` will meet it, where it can be told
+            self._waiting.put(start_driver(self.cluster))
         try:
             yield
         finally:

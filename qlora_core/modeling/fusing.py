@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -61,6 +62,18 @@ class Fused:
     num_norms: int = 0
     num_rotary: int = 0
     """Places in the model's code that turn queries and keys."""
+    forget: Callable[[], None] = lambda: None
+    """Lets go of what a pass that failed halfway has computed for later layers."""
+
+    @property
+    def slow_parts(self) -> tuple[str, ...]:
+        """What the model's own code goes on computing, none of it being like what is known."""
+        parts = {
+            "gated blocks": self.num_gated,
+            "norms": self.num_norms,
+            "rotary embeddings": self.num_rotary,
+        }
+        return tuple(name for name, number in parts.items() if not number)
 
 
 @contextmanager
@@ -74,15 +87,25 @@ def fused(model: nn.Module, budget_bytes: int, kernels: Kernels = NO_KERNELS) ->
     """
     with ExitStack() as undo:
         products: dict[Any, Product] = {}
+        shared: list[_Shared] = []
         for layers in _groups(model):
-            size_bytes = num_weights(layers) * compute_dtype(layers[0].get_base_layer()).itemsize
-            keeps = size_bytes <= budget_bytes
-            budget_bytes -= size_bytes if keeps else 0
-            product = Product(layers, dense_weight(layers) if keeps else None)
+            bases = [layer.get_base_layer() for layer in layers]
+            if any(isinstance(base, Linear4bit) for base in bases):
+                size_bytes = num_weights(layers) * compute_dtype(bases[0]).itemsize
+                keeps = size_bytes <= budget_bytes
+                budget_bytes -= size_bytes if keeps else 0
+                product = Product(layers, dense_weight(layers) if keeps else None)
+            else:
+                product = Product(layers, _joined(bases, undo))
             products |= dict.fromkeys(layers, product)
-            handed_out = _Shared(product)
+            shared.append(_Shared(product))
             for place, layer in enumerate(layers):
-                _replace(undo, layer, handed_out.forward_of(place))
+                _replace(undo, layer, shared[-1].forward_of(place))
+
+        def forget() -> None:
+            for handed_out in shared:
+                handed_out.forget()
+
         yield Fused(
             base_layers=frozenset(layer.get_base_layer() for layer in products),
             spare_bytes=budget_bytes,
@@ -90,7 +113,25 @@ def fused(model: nn.Module, budget_bytes: int, kernels: Kernels = NO_KERNELS) ->
             num_gated=_fuse_gated(model, products, kernels.silu_gate, undo),
             num_norms=_fuse_norms(model, undo),
             num_rotary=_fuse_rotary(model, kernels.rotate_both, undo),
+            forget=forget,
         )
+
+
+def _joined(bases: list[Any], undo: ExitStack) -> Tensor:
+    """Let whole weights be parts of one tensor, so that having them together is no copy."""
+    if len(bases) == 1:
+        weight: Tensor = bases[0].weight.detach()
+        return weight
+    together_OI = torch.cat([base.weight.detach() for base in bases])
+    parts = torch.split(together_OI, [base.out_features for base in bases])
+    for base, part_OI in zip(bases, parts, strict=True):
+        base.weight.data = part_OI
+        undo.callback(_take_out, base)
+    return together_OI
+
+
+def _take_out(base: Any) -> None:
+    base.weight.data = base.weight.data.clone()
 
 
 def _replace(undo: ExitStack, module: nn.Module, forward: Callable[..., Tensor]) -> None:
@@ -125,6 +166,9 @@ class _Shared:
 
     product: Product
     _found: _Found = field(default_factory=_Found)
+
+    def forget(self) -> None:
+        self._found = _Found()
 
     def forward_of(self, place: int) -> Callable[..., Tensor]:
         def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -188,15 +232,19 @@ def _norms(module: nn.Module) -> Iterator[_Norm]:
     is_ours = is_norm and (weight.dtype == torch.float32 or weight.is_cuda)
     if is_ours and not weight.requires_grad:
         yield _Norm(weight.detach(), eps)
-        yield _Norm(1 + weight.detach(), eps)  # Gemma stores what is missing to one
+        if weight.dtype == torch.float32:  # in 16 bits the sum would be rounded once more
+            yield _Norm(1 + weight.detach(), eps)  # Gemma stores what is missing to one
 
 
 @torch.no_grad()
 def _replace_if_same(
     undo: ExitStack, module: nn.Module, forward: _Norm | Gated, num_in: int
 ) -> bool:
-    """Let ``forward`` compute for ``module`` if it does the same to a (B, T, I) input."""
-    x = torch.randn(1, _NUM_TRIED, num_in, generator=torch.Generator().manual_seed(0))
+    """Let ``forward`` compute for ``module`` if it does the same to a (B, T, I) input.
+
+    The input's mean is one: at a mean of zero a LayerNorm does what an RMSNorm does.
+    """
+    x = 1 + torch.randn(1, _NUM_TRIED, num_in, generator=torch.Generator().manual_seed(0))
     x = x.to(next(module.parameters()).device, forward.dtype)
     try:
         expected = module(x)
@@ -227,7 +275,8 @@ def _whole_heads_by_us(theirs: _Theirs, kernel: RotateBoth | None) -> _Theirs:
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **more: Any
     ) -> tuple[Tensor, Tensor]:
         is_whole = cos.shape[-1] == q.shape[-1] and cos.shape == sin.shape
-        if others or more or not is_whole:
+        is_one_dtype = q.dtype == k.dtype == cos.dtype == sin.dtype  # OLMo's angles are float32
+        if others or more or not is_whole or not is_one_dtype:
             return theirs(q, k, cos, sin, *others, **more)
         if kernel is not None and _suits_kernel(q, k, cos):
             return kernel(q, k, cos, sin)
@@ -238,7 +287,7 @@ def _whole_heads_by_us(theirs: _Theirs, kernel: RotateBoth | None) -> _Theirs:
 
 def _suits_kernel(q: Tensor, k: Tensor, cos: Tensor) -> bool:
     is_usual = q.dim() == k.dim() == 4 and len(cos) in (1, len(q)) and q.shape[2:] == cos.shape[1:]
-    return is_usual and q.shape[2:] == k.shape[2:] and q.dtype == k.dtype == cos.dtype
+    return is_usual and q.shape[2:] == k.shape[2:]
 
 
 def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

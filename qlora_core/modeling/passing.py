@@ -45,7 +45,7 @@ def open_passing(folder: Path, adapter: Path | None = None) -> PreTrainedModel |
 
     Returns:
         None where the checkpoint cannot be read like that: it brings code of its own, multiplies
-        in 8 bits, or names its weights otherwise than the model does.
+        in 8 bits, names its weights otherwise than the model does, or holds more than weights.
 
     Raises:
         ArtifactError: The checkpoint or the adapter cannot be read.
@@ -65,6 +65,8 @@ def open_passing(folder: Path, adapter: Path | None = None) -> PreTrainedModel |
     shapes = {name: info.shape for name, info in ModelWeights(model).infos().items()}
     if shapes != {name: info.shape for name, info in weights.infos().items()}:
         return None
+    if len(shapes) > len(dict(model.named_parameters())):
+        return None  # buffers that are stored
     key_of = {id(parameter): name for name, parameter in model.named_parameters()}
     opened = model if adapter is None else load_adapter(model, adapter)
     stream = Stream()

@@ -123,6 +123,7 @@ def quantize_streamed(
             for name, parameter in module.named_parameters(recurse=False)
             if prefix + name in names
         }
+        buffers = {prefix + name for name, _ in module.named_buffers(recurse=False)} & names
         own = {name: weights.read(name).to(dtype) for name, dtype in kinds.items()}
         stream.passed(sum(tensor.nbytes for tensor in own.values()))
         if module_name in chosen:
@@ -135,6 +136,7 @@ def quantize_streamed(
             on_layer(len(errors), len(chosen), module_name)
         else:
             own = {name: _as_computed(tensor, compute_dtype) for name, tensor in own.items()}
+        own |= {name: weights.read(name) for name in buffers}  # in the dtype they are stored in
         for name, tensor in own.items():
             spool.add(name, tensor)
     _describe(skeleton, config, compute_dtype, is_quantized=bool(chosen))

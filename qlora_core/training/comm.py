@@ -4,6 +4,7 @@ The loop adds up gradients itself, so the model is never wrapped (no `.module`, 
 search for unused parameters), and one worker or eight run the same code.
 """
 
+import itertools
 import json
 from typing import Any, Protocol
 
@@ -35,6 +36,9 @@ class Comm(Protocol):
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's ``value`` on every worker; it must be plain data (JSON)."""
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return every worker's ``value`` (plain data) by rank, on every worker."""
+
 
 class Alone:
     """A single worker: nobody to talk to."""
@@ -49,6 +53,10 @@ class Alone:
     def broadcast(self, value: Any) -> Any:
         """Return ``value``."""
         return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return ``value`` alone."""
+        return [value]
 
 
 class TorchComm:
@@ -79,12 +87,23 @@ class TorchComm:
             ) from error
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's ``value`` on every worker: its JSON, as a sum with zeros."""
-        text = json.dumps(value).encode() if self.rank == 0 else b""
-        size = torch.tensor([len(text)], device=self._device)
-        self.all_reduce_sum(size)
-        letters = torch.zeros(int(size), dtype=torch.int32, device=self._device)
-        if self.rank == 0:
-            letters += torch.tensor(list(text), dtype=torch.int32, device=self._device)
-        self.all_reduce_sum(letters)
-        return json.loads(bytes(letters.tolist()))
+        """Return rank 0's ``value`` on every worker."""
+        return self.gather(value if self.rank == 0 else None)[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every worker's ``value`` by rank: JSON, added up with zeros where others' is."""
+        text = json.dumps(value).encode()
+        sizes = self._placed(self.rank, [len(text)], self.world_size)
+        ends = list(itertools.accumulate(sizes))
+        starts = [0, *ends[:-1]]
+        letters = bytes(self._placed(starts[self.rank], list(text), ends[-1]))
+        return [json.loads(letters[a:b]) for a, b in zip(starts, ends, strict=True)]
+
+    def _placed(self, start: int, numbers: list[int], size: int) -> list[int]:
+        """Return (size,) numbers, each from the one worker that puts it there."""
+        everybodys = torch.zeros(size, dtype=torch.int32, device=self._device)
+        own = torch.tensor(numbers, dtype=torch.int32, device=self._device)
+        everybodys[start : start + len(numbers)] = own
+        self.all_reduce_sum(everybodys)
+        placed: list[int] = everybodys.tolist()
+        return placed

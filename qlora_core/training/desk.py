@@ -1,9 +1,9 @@
 """Rank 0's paperwork: the journal, the snapshots, the notes, and in the end the result."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from qlora_core.artifacts import AdapterCheckpoint
+from qlora_core.artifacts import AdapterCheckpoint, Frozen
 from qlora_core.config import SnapshotConfig
 from qlora_core.fingerprint import fingerprint
 from qlora_core.modeling.lora import save_adapter
@@ -26,6 +26,15 @@ def job_fingerprint(job: TrainJob) -> str:
     return fingerprint(
         {"adapter": job.adapter.hashed(), "training": job.training.hashed(), "seed": job.seed}
     )
+
+
+class LastWord(Frozen):
+    """What each worker says at the end: memory and remedies are its own."""
+
+    notes: tuple[str, ...]
+    peak_bytes: int
+    num_rows: int
+    """Of its passes, at most."""
 
 
 @dataclass
@@ -66,18 +75,32 @@ class Desk:
         for step in fresh:
             on_step(step)
 
-    def finish(self, position: Position) -> None:
-        """Leave the result in ``job.out`` and its facts in the scratch folder."""
+    def finish(self, position: Position, words: Sequence[LastWord]) -> None:
+        """Leave the result in ``job.out`` and its facts in the scratch folder.
+
+        Args:
+            position: The end.
+            words: Of all workers, by rank.
+        """
+        self._note(words)
         self.journal.close()
         self.attempt.require_current()
         kept = keep_best(self.run, position)
         self.job.out.mkdir(parents=True, exist_ok=True)
         save_adapter(self.run.model, self.job.out, self.job.base_name, None)
         write_curve(self.job.out, self.journal.steps)
-        facts = self._facts(position, kept)
+        facts = self._facts(position, kept, words)
         replace_durably(self.job.scratch / SUMMARY_FILE, facts.model_dump_json(indent=1).encode())
 
-    def _facts(self, position: Position, kept: int) -> AdapterCheckpoint:
+    def _note(self, words: Sequence[LastWord]) -> None:
+        """Take note of what other workers say that rank 0 does not."""
+        for rank, word in enumerate(words):
+            self.notes += [
+                f"Worker {rank}: {note}" for note in word.notes if note not in self.notes
+            ]
+        self.tell(lambda _: None)
+
+    def _facts(self, position: Position, kept: int, words: Sequence[LastWord]) -> AdapterCheckpoint:
         steps = self.journal.steps
         seconds = sum(step.seconds for step in steps)
         starts = read_record(self.job.scratch).started_after
@@ -96,9 +119,9 @@ class Desk:
             seconds=position.seconds,
             tokens_per_s=position.num_tokens / seconds,
             supervised_tokens_per_s=position.num_supervised_tokens / seconds,
-            peak_memory_bytes=max(step.memory_bytes for step in steps),
+            peak_memory_bytes=max(word.peak_bytes for word in words),
             predicted_peak_bytes=self.run.room.estimate.total,
-            num_rows_per_pass=self.run.room.num_rows,
+            num_rows_per_pass=min(word.num_rows for word in words),
             num_workers=self.run.comm.world_size,
             num_attempts=len(starts),
             resumed_at=starts[1:],

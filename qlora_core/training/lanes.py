@@ -49,9 +49,13 @@ def open_lanes(num_lanes: int) -> Iterator[Lanes]:
     if num_lanes == 1:
         yield Lanes()
         return
-    threads = max(1, torch.get_num_threads() // num_lanes)
-    with ThreadPoolExecutor(num_lanes, "lane", torch.set_num_threads, (threads,)) as pool:
-        yield Lanes(num_lanes, pool)
+    before = torch.get_num_threads()
+    threads = max(1, before // num_lanes)
+    try:
+        with ThreadPoolExecutor(num_lanes, "lane", torch.set_num_threads, (threads,)) as pool:
+            yield Lanes(num_lanes, pool)
+    finally:
+        torch.set_num_threads(before)  # a lane's number is also what later threads start with
 
 
 def share(chunk: Indices, lengths: Indices, num_lanes: int) -> list[Indices]:

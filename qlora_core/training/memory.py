@@ -13,6 +13,11 @@ import psutil
 import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # torch on a CPU
+    "CUDA error: out of memory",  # pinned host memory, other libraries' kernels
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -55,8 +60,17 @@ def free_bytes(cgroup: Path = _CGROUP) -> int:
     return max(0, min(free, limit - used + cached))
 
 
+def total_bytes(cgroup: Path = _CGROUP) -> int:
+    """Return what this machine has, or what this container may use if that is less."""
+    total = int(psutil.virtual_memory().total)
+    try:
+        return min(total, int((cgroup / "memory.max").read_text()))
+    except (OSError, ValueError):  # "max": no limit
+        return total
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Say whether a computation failed for want of memory, which fewer rows may have enough of."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return "can't allocate memory" in str(error)  # what torch says on a CPU
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in _OUT_OF_MEMORY
+    )

@@ -39,6 +39,7 @@ from qlora_core.modeling.kernels import NO_KERNELS, Kernels
 from qlora_core.modeling.packing import packed_attention
 from qlora_core.training.batching import Indices
 from qlora_core.training.collation import Batch, collate, pack
+from qlora_core.training.memory import is_out_of_memory
 
 _NUM_COMPARED = 16
 _MAX_TRIED = 384  # positions of the tried rows; a large vocabulary's logits fill gigabytes
@@ -133,6 +134,17 @@ class LossFunction:
         if not len(usable):
             return
         tried = usable[[len(usable) // 2, len(usable) * 3 // 4, -1]]
+        for few in (tried, usable[:3]):
+            try:
+                self._try_out(rows, few, device)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            else:
+                return
+        self.notes.append("Rows are padded, not packed: there was no memory to try it out.")
+
+    def _try_out(self, rows: Rows, tried: Indices, device: torch.device) -> None:
         was_training = self.model.training
         self.draws = True  # until it is shown not to
         try:
@@ -140,6 +152,8 @@ class LossFunction:
             self.model.eval()
             why = self._difference(rows, tried, device)
         except Exception as error:  # whatever an architecture objects to, padding serves it
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
             why = f"{type(error).__name__}: {error}"
         finally:
             self.model.train(was_training)

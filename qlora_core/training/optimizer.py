@@ -54,6 +54,10 @@ class FlatGradients:
         if known:
             torch._foreach_add_([view for view, _ in known], [gradient for _, gradient in known])
 
+    def multiply(self, factor: float) -> None:
+        """Multiply gradients and loss."""
+        self._all[:-1].mul_(factor)
+
     def clip(self, max_norm: float) -> float:
         """Scale the gradients down to a global norm of ``max_norm``; return the norm before."""
         norm = float(torch.linalg.vector_norm(self.flat_P))

@@ -33,12 +33,12 @@ from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training import snapshot
 from qlora_core.training.batching import Plan, plan_training
 from qlora_core.training.comm import Comm
-from qlora_core.training.desk import job_fingerprint, open_desk
+from qlora_core.training.desk import LastWord, job_fingerprint, open_desk
 from qlora_core.training.lanes import open_lanes
 from qlora_core.training.loop import Position, Run, train
-from qlora_core.training.memory import memory_for_worker
+from qlora_core.training.memory import is_out_of_memory, memory_for_worker, peak_memory_bytes
 from qlora_core.training.objective import LossFunction
-from qlora_core.training.optimizer import make_optimizer, restore
+from qlora_core.training.optimizer import FlatGradients, make_optimizer, restore
 from qlora_core.training.room import SMALLER, Demand, Room, find_room
 
 
@@ -71,18 +71,25 @@ def run_worker(
         LaunchError: A newer attempt has taken over, or other workers are gone.
     """
     notes: list[str] = []
-    run = _prepare(job, comm, device, notes)
-    position, steps = _go_on(run, job, notes)
+    with _memory_errors():
+        run = _prepare(job, comm, device, notes)
+        position, steps = _go_on(run, job, notes)
+        if comm.rank == 0:
+            desk = open_desk(run, job, snapshots, launch, position.step, steps, notes)
+            desk.tell(on_step)
+        with fast_paths(run) as fast:
+            for metrics in train(fast, position):
+                if comm.rank == 0:
+                    desk.record(metrics, position)
+                    desk.tell(on_step)
+    words = comm.gather(_last_word(run).model_dump())
     if comm.rank == 0:
-        desk = open_desk(run, job, snapshots, launch, position.step, steps, notes)
-        desk.tell(on_step)
-    with _memory_errors(), fast_paths(run) as fast:
-        for metrics in train(fast, position):
-            if comm.rank == 0:
-                desk.record(metrics, position)
-                desk.tell(on_step)
-    if comm.rank == 0:
-        desk.finish(position)
+        desk.finish(position, [LastWord(**word) for word in words])
+
+
+def _last_word(run: Run) -> LastWord:
+    peak = peak_memory_bytes(run.device)
+    return LastWord(notes=tuple(run.loss.notes), peak_bytes=peak, num_rows=run.room.num_rows)
 
 
 def plan_of(job: TrainJob, num_rows: int) -> Plan:
@@ -121,6 +128,8 @@ def assemble(
     """
     train_rows, heldout = rows
     loss = _loss_function(model, train_rows, device, notes)
+    if device.type == "cuda":  # what trying took says nothing of training
+        torch.cuda.reset_peak_memory_stats(device)
     room = _find_room(job, _shape(model, job), comm, train_rows, loss, device)
     _set_checkpointing(model, job, room.recompute)
     parameters = trainable_parameters(model)
@@ -137,6 +146,7 @@ def assemble(
         seed=job.seed,
         loss=loss,
         room=room,
+        gradients=FlatGradients(parameters),
     )
 
 
@@ -235,9 +245,14 @@ def fast_paths(run: Run) -> Iterator[Run]:
                 f"{taken.num_left} adapted layers are computed by PEFT, as they have dropout or "
                 "DoRA, or compute in 8 bits: correct, but slower."
             )
+        if taken.slow_parts:
+            run.loss.notes.append(
+                f"The model's own code computes {', '.join(taken.slow_parts)}: correct, but slower."
+            )
         stack.enter_context(dense_weights(run.model, taken.spare_bytes, taken.base_layers))
         num_lanes = _num_lanes(run.loss, run.config.micro_batch, run.device)
-        yield replace(run, lanes=stack.enter_context(open_lanes(num_lanes)))
+        lanes = stack.enter_context(open_lanes(num_lanes))
+        yield replace(run, lanes=lanes, forget=taken.forget)
 
 
 def _num_lanes(loss: LossFunction, micro_batch: int, device: torch.device) -> int:
@@ -250,7 +265,9 @@ def _num_lanes(loss: LossFunction, micro_batch: int, device: torch.device) -> in
 def _memory_errors() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise ResourceError(
             "The device ran out of memory outside of a pass.",  # those are halved
             why=str(error).partition("\n")[0][:300],

@@ -149,15 +149,17 @@ def test_a_ray_that_nobody_came_to_use_leaves_nothing(make_job):
 
 @pytest.mark.ray
 def test_a_ray_that_died_while_it_waited_is_started_again(make_job):
-    launcher = RayTrainLauncher(ClusterConfig(), SNAPSHOTS, print)
-    steps = []
+    steps, said = [], []
+    launcher = RayTrainLauncher(ClusterConfig(max_failures=0), SNAPSHOTS, said.append)
 
     with launcher.awake():
         waiting = ours("ray_driver")[0]
         waiting.kill()
+        waiting.wait(timeout=10)
         launcher.train(make_job("ray", epochs=2), steps.append)
 
     assert steps
+    assert said == []
     assert ours() == []
 
 

@@ -70,7 +70,7 @@ def test_when_a_run_began_is_told_by_the_clock_on_the_wall(record, in_tokyo):
 def test_a_run_that_fails_after_it_was_measured_still_shows_what_was_measured(
     tmp_path, record, monkeypatch
 ):
-    def fails_at_the_end(config: RunConfig, _: object) -> RunResult:
+    def fails_at_the_end(config: RunConfig, *_: object) -> RunResult:
         opened = open_record(tmp_path, config, "flow-1")
         opened.add("tuned_report", report_of(tmp_path), cached=False)
         opened.close("failed", "MLflow is away")
@@ -81,7 +81,7 @@ def test_a_run_that_fails_after_it_was_measured_still_shows_what_was_measured(
     console = Console(width=200)
 
     with console.capture() as capture, pytest.raises(LaunchError):
-        run.run_and_report(config, console)
+        run.run_and_report(config, console, connect=lambda: None)
 
     assert "exact_match" in capture.get()
     assert "0.750" in capture.get()

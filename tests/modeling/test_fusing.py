@@ -1,8 +1,11 @@
+import weakref
+from contextlib import ExitStack
+
 import pytest
 import torch
 
 from qlora_core.config import AdapterConfig, ModelConfig, QuantizationConfig
-from qlora_core.modeling.fusing import fused
+from qlora_core.modeling.fusing import _Norm, _replace_if_same, fused
 from qlora_core.modeling.loading import load_original
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
 from qlora_core.modeling.quantization import quantize_model
@@ -53,7 +56,8 @@ def test_fused_functions_give_pefts_loss_and_gradients(adapted, method, budget_b
         found = loss_and_gradients(model)
 
     assert len(taken.base_layers) == 14
-    assert (taken.spare_bytes < budget_bytes) == (budget_bytes > 0)
+    takes = budget_bytes > 0 and method != "none"  # whole weights are kept anyway
+    assert (taken.spare_bytes < budget_bytes) == takes
     assert_same(found, expected)
 
 
@@ -203,3 +207,60 @@ def test_a_block_that_computes_something_else_stays_as_it_is(adapted):
 
     assert taken.num_gated == 1
     assert_same(found, expected)
+
+
+def test_whole_weights_are_joined_without_a_copy_and_lie_apart_again_afterwards(adapted):
+    model = adapted("none")
+    attention = model.get_base_model().model.layers[0].self_attn
+    bases = [getattr(attention, name).get_base_layer() for name in ("q_proj", "k_proj", "v_proj")]
+    before = [base.weight.clone() for base in bases]
+
+    with fused(model, 0):
+        inside = {base.weight.untyped_storage().data_ptr() for base in bases}
+    outside = {base.weight.untyped_storage().data_ptr() for base in bases}
+
+    assert len(inside) == 1
+    assert len(outside) == 3
+    assert all(torch.equal(base.weight, weight) for base, weight in zip(bases, before, strict=True))
+
+
+def test_in_16_bits_a_layer_norm_is_not_taken_for_an_rms_norm():
+    from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def is_replaced(norm) -> bool:
+        norm = norm.to(torch.bfloat16)
+        with ExitStack() as undo:
+            ours = _Norm(norm.weight.detach(), 1e-5)
+            return _replace_if_same(undo, norm, ours, len(norm.weight))
+
+    sizes = [512, 1024, 4096, 8192, 12288]
+    assert not any(is_replaced(CohereLayerNorm(size, eps=1e-5)) for size in sizes)
+    assert all(is_replaced(LlamaRMSNorm(size, eps=1e-5)) for size in sizes)
+
+
+@pytest.mark.parametrize("kind", ["Olmo2", "Llama", "Qwen3", "Gemma2"])
+def test_fused_functions_work_in_16_bits_too(kind):
+    model = architecture(kind, {}).bfloat16()
+    ids = torch.arange(3, 27).reshape(2, 12)
+    expected = model(input_ids=ids, labels=ids).loss
+
+    with fused(model, 0):
+        found = model(input_ids=ids, labels=ids).loss
+        found.backward()
+
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=0)
+
+
+def test_what_a_failed_pass_has_left_is_let_go_of(adapted):
+    model = adapted()
+    query = model.get_base_model().model.layers[0].self_attn.q_proj
+    x = torch.randn(1, 5, query.in_features, requires_grad=True)
+
+    with fused(model, 0) as taken:
+        output = query(x)  # computes keys and values as well, and nobody fetches them
+        graph = weakref.ref(output.grad_fn)
+        del output
+        assert graph() is not None
+        taken.forget()
+        assert graph() is None

@@ -30,6 +30,9 @@ class ThreadComm:
     def broadcast(self, value: Any) -> Any:
         return json.loads(self._exchange(json.dumps(value))[0])
 
+    def gather(self, value: Any) -> list[Any]:
+        return [json.loads(text) for text in self._exchange(json.dumps(value))]
+
     def _exchange(self, value: Any) -> list[Any]:
         self._meeting.brought[self.rank] = value
         self._meeting.barrier.wait()

@@ -17,13 +17,13 @@ from qlora_core.errors import ResourceError, TrainingError
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
 from qlora_core.ports import StepMetrics, TrainJob
-from qlora_core.training import worker
+from qlora_core.training import loop, worker
 from qlora_core.training.batching import make_plan
 from qlora_core.training.comm import Alone
 from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.loop import Position, Run, keep_best, train
 from qlora_core.training.objective import LossFunction
-from qlora_core.training.optimizer import make_optimizer
+from qlora_core.training.optimizer import FlatGradients, make_optimizer
 from qlora_core.training.room import USABLE, Room, find_room
 from qlora_core.training.schedule import learning_rate
 from qlora_core.training.worker import run_worker
@@ -125,6 +125,41 @@ def test_tokens_computed_are_counted_over_all_workers_and_lanes(make_job):
     for step, spread in zip(steps, lanes, strict=True):
         assert step.num_computed_tokens == step.num_tokens  # packed, and nothing to share
         assert spread.num_computed_tokens == step.num_tokens
+
+
+def test_in_float16_the_division_by_all_tokens_comes_after_the_gradients(make_job, monkeypatch):
+    reference = curve(make_job("reference"))
+    monkeypatch.setattr(loop, "_is_float16", lambda _: True)
+    weights = []
+    differentiate = loop._differentiate
+    monkeypatch.setattr(
+        loop, "_differentiate", lambda *given: weights.append(given[1]) or differentiate(*given)
+    )
+
+    steps = curve(make_job("late"), world_size=2)
+
+    assert set(weights) == {1 / 16}
+    assert losses(steps) == pytest.approx(losses(reference), rel=1e-5)
+    assert [s.grad_norm for s in steps] == pytest.approx([s.grad_norm for s in reference], rel=1e-4)
+
+
+def test_what_another_worker_had_to_do_is_told_with_its_number(make_job, monkeypatch):
+    assemble = worker.assemble
+
+    def short_of_memory(*given):
+        run = assemble(*given)
+        if run.comm.rank == 1:
+            run.loss.notes.append("Passes have one row.")
+            run.room.num_rows = 1
+        return run
+
+    monkeypatch.setattr(worker, "assemble", short_of_memory)
+    job = make_job("two")
+
+    curve(job, world_size=2)
+
+    assert "Worker 1: Passes have one row." in facts_of(job).notes
+    assert facts_of(job).num_rows_per_pass == 1
 
 
 def test_more_workers_than_rows_of_a_step_work(make_job):
@@ -287,6 +322,7 @@ def make_run(base, dataset, **training) -> Run:
         device=CPU,
         seed=0,
         loss=LossFunction(model),
+        gradients=FlatGradients(parameters),
         room=Room(config.micro_batch, "nothing", workload=None, estimate=None, fits=True),
     )
 
