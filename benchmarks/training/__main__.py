@@ -153,7 +153,9 @@ def main() -> int:
     workload = found_workload(wish)
     environments = Environments(dict(options.python), say, has_cuda)
     bench = Bench(options, workload, environments, num_cores())
-    settings = open_workload(workload).settings
+    settings = open_workload(
+        workload, global_batch=options.global_batch, micro_batch=options.micro_batch
+    ).settings
     record = Record(options.out, "training", "training, ours against peers")
 
     def keep(bench: Bench) -> None:
