@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +48,17 @@ class Wish:
     model: str = MODEL
 
 
-def found_workload(wish: Wish) -> Path:
-    """Return the folder of the workload wished for, made in a process of its own if need be.
-
-    Its name depends on the rows and on the code, so what is found is what would be made.
-    """
+def name_of(wish: Wish) -> str:
+    """Return a name that depends on the rows' content, on every wish and on the code."""
     content = hashlib.sha256(wish.gsm8k.read_bytes()).hexdigest() if wish.gsm8k else "chats"
     code = "".join((Path(__file__).parent / name).read_text("utf-8") for name in _CODE)
-    asked = [wish.num_rows, wish.num_first, wish.compute_dtype, wish.seed, wish.rank, wish.alpha]
-    key = hashlib.sha256(f"{content} {asked} {wish.model} {code}".encode()).hexdigest()[:12]
-    folder = WORK / key
+    asked = replace(wish, gsm8k=None)
+    return hashlib.sha256(f"{content} {asked} {code}".encode()).hexdigest()[:12]
+
+
+def found_workload(wish: Wish) -> Path:
+    """Return the folder of the workload wished for, made in a process of its own if need be."""
+    folder = WORK / name_of(wish)
     if not (folder / SETTINGS_FILE).exists():
         say(f"Making the workload in {folder} (once)")
         command: list[str | Path] = [

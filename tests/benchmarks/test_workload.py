@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.training.chats import LONGEST, NUM_TEMPLATE_TOKENS, SHORTEST, made_up_chats
-from benchmarks.training.making import lay_in_order, longest_first
+from benchmarks.training.making import Wish, lay_in_order, longest_first, name_of
 from benchmarks.training.workload import (
     IGNORED,
     Row,
@@ -116,3 +116,17 @@ def test_our_engines_first_step_has_the_longest_rows_and_no_row_is_lost(tmp_path
     assert sorted(met) == list(range(2, 42))
     assert [int(laid.lengths[row]) for row in order] == met
     assert all((laid.input_ids(row) == laid.lengths[row]).all() for row in range(40))
+
+
+def test_a_workload_is_found_by_what_it_is_made_of_and_not_by_where_its_rows_lie(tmp_path):
+    here, there, other = (tmp_path / name for name in ("here", "there", "other"))
+    here.write_text("{}")
+    there.write_text("{}")
+    other.write_text("{ }")
+
+    assert name_of(Wish(here)) == name_of(Wish(there))
+    changed = [
+        Wish(here), Wish(other), Wish(None), Wish(here, 500), Wish(here, num_first=4),
+        Wish(here, compute_dtype="bfloat16"), Wish(here, seed=1),
+    ]  # fmt: skip
+    assert len({name_of(wish) for wish in changed}) == len(changed)
