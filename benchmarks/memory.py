@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.record import WORK, as_stated, found_gsm8k, say, store
+from benchmarks.record import as_stated, found_gsm8k, say, store
 from benchmarks.training.gauge import versions
-from benchmarks.training.making import Wish, make_workload
+from benchmarks.training.making import Wish, found_workload
+from benchmarks.training.workload import open_workload
 from qlora_core.artifacts import AdapterCheckpoint
 from qlora_core.backends.ray_train import RayTrainLauncher
 from qlora_core.config import (
@@ -25,6 +26,7 @@ from qlora_core.config import (
     SnapshotConfig,
     TrainingConfig,
 )
+from qlora_core.modeling.dtypes import present_device_type
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.desk import SUMMARY_FILE
 
@@ -56,9 +58,9 @@ class Peak:
 def main() -> int:
     """Train in every setting; print planned and measured peaks, and store them."""
     options = _options()
-    workload = WORK / "memory"
-    if not workload.exists():
-        make_workload(workload, Wish(found_gsm8k(options.gsm8k), _NUM_ROWS))
+    dtype = "bfloat16" if present_device_type() == "cuda" else "float32"
+    wish = Wish(found_gsm8k(options.gsm8k), _NUM_ROWS, _SMALLEST_BATCH, dtype)
+    workload = found_workload(wish)
     settings = [Setting(micro_batch) for micro_batch in options.micro_batches]
     largest = max(options.micro_batches)
     settings += [Setting(largest, checkpointing="on"), Setting(largest, keep_dequantized="off")]
@@ -73,7 +75,12 @@ def main() -> int:
             f"{peak.measured / 1e9:11.2f}  {peak.error:+10.1%}",
             flush=True,
         )
-    found = {"options": as_stated(vars(options)), "versions": versions(), "peaks": peaks}
+    found = {
+        "options": as_stated(vars(options)),
+        "workload": asdict(open_workload(workload).settings),
+        "versions": versions(),
+        "peaks": peaks,
+    }
     say(f"stored in {store(options.out, 'memory', 'planned and measured peaks', found)}")
     return 0
 
@@ -95,7 +102,12 @@ def _job(workload: Path, setting: Setting, num_steps: int, folder: Path) -> Trai
         data=workload / "data",
         out=folder / "out",
         scratch=folder / "scratch",
-        quantization=QuantizationConfig(keep_dequantized=setting.keep_dequantized),
+        quantization=QuantizationConfig.model_validate(
+            {
+                "compute_dtype": open_workload(workload).settings.compute_dtype,
+                "keep_dequantized": setting.keep_dequantized,
+            }
+        ),
         adapter=AdapterConfig(),
         training=TrainingConfig(
             max_steps=num_steps,
@@ -118,7 +130,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--micro-batches", type=_sizes, default=[2, 8, 16])
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--gsm8k", type=Path, help="GSM8K's train.jsonl; else made-up chats")
+    parser.add_argument(
+        "--gsm8k", type=Path, help="GSM8K's train.jsonl; default: of QLORAFLOW_DATA, else made up"
+    )
     parser.add_argument("--out", type=Path, help="folder for the results")
     return parser.parse_args()
 

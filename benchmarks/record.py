@@ -7,15 +7,19 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 WORK, RESULTS = ROOT / "benchmarks" / ".work", ROOT / "benchmarks" / "results"
-_GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+_FOLDERS = re.compile(r"(?<![\w.~>/-])/(?:[^\s/'\"<>|:;,]+/)+")
+"""What comes before a file's name in an absolute path."""
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 """What decides whether float32 or bfloat16 is the faster one on a CPU."""
 
@@ -25,9 +29,32 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def data_folder() -> Path:
+    """Return where real data is: `gsm8k/` and `e2e/` in $QLORAFLOW_DATA, or beside this clone."""
+    given = os.environ.get("QLORAFLOW_DATA")
+    return Path(given) if given else ROOT.parent / "shared" / "data"
+
+
 def found_gsm8k(given: Path | None) -> Path | None:
-    """Return GSM8K's training rows: the file that was named, else the one beside the repository."""
-    return given or (_GSM8K if _GSM8K.exists() else None)
+    """Return GSM8K's training rows: the file that was named, else the one in the data's folder.
+
+    Says which rows it will be, as a benchmark on made-up ones is another benchmark.
+    """
+    kept = data_folder() / "gsm8k" / "train.jsonl"
+    found = given or (kept if kept.exists() else None)
+    say(f"rows: {found or 'made-up chats; --gsm8k FILE or QLORAFLOW_DATA names real ones'}")
+    return found
+
+
+def in_turn(names: Sequence[str], number: int) -> list[str]:
+    """Return ``names`` beginning with another one in each round, so that no place favours one.
+
+    Args:
+        names: Of systems.
+        number: Of the round; the first is 1.
+    """
+    first = (number - 1) % len(names) if names else 0
+    return [*names[first:], *names[:first]]
 
 
 def num_cores() -> int:
@@ -66,25 +93,64 @@ def as_stated(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: v.name if isinstance(v, Path) else v for name, v in kept.items()}
 
 
-def store(folder: Path | None, name: str, what: str, measured: Mapping[str, Any]) -> Path:
-    """Write what was measured to ``<name>-<date>.json`` and return that file.
+def without_places(value: Any) -> Any:
+    """Return ``value`` without where things lie on this machine, in all text that is in it.
+
+    Paths in this clone begin at its root, those at home with `~`, those among temporary files with
+    `$TMP`; of others only the last name is left.
+    """
+    if isinstance(value, Mapping):
+        return {without_places(name): without_places(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    places = [(ROOT, ""), (Path(tempfile.gettempdir()), "$TMP/"), (Path.home(), "~/")]
+    for place, name in ((p, n) for folder, n in places for p in (folder, folder.resolve())):
+        if place != Path(place.anchor):
+            inside = rf"(?<![\w.~-]){re.escape(str(place))}"
+            value = re.sub(rf"{inside}/", name, value)
+            value = re.sub(rf"{inside}(?![\w.-])", name.rstrip("/") or ".", value)
+    return _FOLDERS.sub("", value)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A benchmark's file of results, `<name>-<date>.json`: written as often as there is more.
 
     Args:
         folder: Where to; none: `benchmarks/results`.
         name: How the file's name begins.
         what: The benchmark in words.
-        measured: All that is to be kept, options included.
     """
-    now = datetime.datetime.now(datetime.UTC)
-    record = {
-        "what": what,
-        "date": now.isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
-        **measured,
-    }
-    folder = folder or RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{now:%Y%m%d-%H%M%S}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    return path
+
+    folder: Path | None
+    name: str
+    what: str
+    _begun: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
+
+    def write(self, measured: Mapping[str, Any]) -> Path:
+        """Write what has been measured so far, instead of what was written before.
+
+        Args:
+            measured: All that is to be kept, options included.
+        """
+        now = datetime.datetime.now(datetime.UTC)
+        record = {
+            "what": self.what,
+            "date": now.isoformat(timespec="seconds"),
+            "commit": commit(),
+            "machine": machine(),
+            **measured,
+        }
+        folder = self.folder or RESULTS
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}-{self._begun:%Y%m%d-%H%M%S}.json"
+        unfinished = path.with_suffix(".unfinished")  # else an interruption takes earlier rounds
+        unfinished.write_text(json.dumps(without_places(record), indent=1) + "\n", "utf-8")
+        return unfinished.replace(path)
+
+
+def store(folder: Path | None, name: str, what: str, measured: Mapping[str, Any]) -> Path:
+    """Write what was measured, once and for all; see `Record`."""
+    return Record(folder, name, what).write(measured)

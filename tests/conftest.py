@@ -13,7 +13,10 @@ from pathlib import Path  # the environment must be set before anything is impor
 
 import pytest
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+SHARED_DATA = Path(
+    os.environ.get("QLORAFLOW_DATA") or Path(__file__).parents[2] / "shared" / "data"
+)
+"""Folder of the real datasets, `gsm8k/` and `e2e/`: named, or beside this clone."""
 
 
 @pytest.fixture(scope="session")
@@ -37,5 +40,5 @@ def smollm2_gguf() -> Path:
 def shared_data() -> Path:
     """Folder of the real datasets; the test skips where they are not."""
     if not SHARED_DATA.is_dir():
-        pytest.skip(f"the shared datasets are not at {SHARED_DATA}")
+        pytest.skip(f"the real datasets are not at {SHARED_DATA}; QLORAFLOW_DATA names them")
     return SHARED_DATA

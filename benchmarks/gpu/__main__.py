@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu [--shapes 1b,8b] [--systems ours,plain,trl] [--rounds 3]
 
-Nothing is fetched: no model, no tokenizer, no data. Systems take turns, each in a process of its
-own. This process needs Python alone; what the others lack is said, with what to do about it.
+Nothing is fetched: no model, no tokenizer, no data. Systems take turns (A B C, B C A, ...), each in
+a process of its own, and what is measured is stored after each round. This process needs Python
+alone; what the others lack is said, with what to do about it.
 """
 
 import argparse
@@ -11,18 +12,20 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.cases import SHAPES, Case
-from benchmarks.gpu.processes import ROOT, Processes
-from benchmarks.gpu.record import store
+from benchmarks.gpu.needs import pip_line
+from benchmarks.gpu.processes import Processes
+from benchmarks.gpu.record import keep, record_of
 from benchmarks.gpu.run import SYSTEMS
 from benchmarks.gpu.summary import OURS, Result, summarise
 from benchmarks.gpu.table import table
+from benchmarks.record import in_turn, say
 
-RESULTS = ROOT / "benchmarks" / "results"
 ROW_LENGTH = 2048
 SMALL_SHAPE, SMALL_LENGTH = "7b", 512
 """The case that must fit a small GPU: one row at a time."""
@@ -36,8 +39,12 @@ class Bench:
     processes: Processes
     results: list[Result] = field(default_factory=list)
 
-    def run(self) -> None:
-        """Measure every case; what fails is left out of the later rounds, and said."""
+    def run(self, on_round: Callable[[list[Result]], None]) -> None:
+        """Measure every case; what fails is left out of the later rounds, and said.
+
+        Args:
+            on_round: Called after each of them with all that was found so far.
+        """
         for case in cases(self.options):
             result = Result(case)
             self.results.append(result)
@@ -46,12 +53,13 @@ class Bench:
                 result.agreement, result.agreement_failed = self.processes.agreement(case)
             for number in range(1, self.options.rounds + 1):
                 self._round(result, number)
+                on_round(self.results)
 
     def _round(self, result: Result, number: int) -> None:
         systems = [OURS] if result.case.saves_memory else self.options.systems
         found: dict[str, dict[str, Any]] = {}
         result.rounds.append(found)
-        for system in systems:
+        for system in in_turn(systems, number):
             if system in result.left_out:
                 continue
             say(f"{result.case.name}, round {number} of {self.options.rounds}: {system}")
@@ -63,11 +71,6 @@ class Bench:
                 continue
             result.fitting[system], found[system] = case, measured
             say(f"  {measured['num_tokens'] / measured['seconds']:.0f} tok/s")
-
-
-def say(text: str) -> None:
-    """Tell a person how far it is."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -112,25 +115,30 @@ def main() -> int:
         if why := _why_not(probed, options):
             say(why)
             return 2
-        bench = Bench(options, processes)
-        bench.run()
+        if "trl" in options.systems and probed["missing_of_trl"]:
+            say(f"trl will be left out; for it: {pip_line(probed['missing_of_trl'])}")
+        bench, record = Bench(options, processes), record_of(options.out)
+
+        def store(results: list[Result]) -> None:
+            lines = summarise(results, probed["matrix_rate"])
+            say(f"stored in {keep(record, vars(options), probed, results, lines)}")
+
+        bench.run(store)
     lines = summarise(bench.results, probed["matrix_rate"])
     print(table(bench.results, lines, probed))
-    say(f"stored in {store(options.out or RESULTS, vars(options), probed, bench.results, lines)}")
     return 0 if any(any(result.rounds) for result in bench.results) else 1
 
 
 def _why_not(probed: dict[str, Any], options: argparse.Namespace) -> str:
     """Return what keeps this Python from measuring, and what to do; nothing if it can."""
     if "failed" in probed:
-        return f"torch cannot be used: {probed['failed']}"
+        return f"This Python cannot be asked what it has: {probed['failed']}"
     if probed["missing"]:
         lines = [f"{name} is missing or broken: {why}" for name, why in probed["missing"].items()]
         return "\n".join(
             [
                 *lines,
-                "Install what is missing, with `make env`, say, or: pip install peft bitsandbytes "
-                "pydantic.",
+                f"Install all of it, with `make env`, say, or: {pip_line(probed['missing'])}",
                 "Without a network: fetch wheels for this Python elsewhere (pip download --no-deps "
                 "-d FOLDER ...) and give --wheels FOLDER; they go to a temporary folder.",
             ]

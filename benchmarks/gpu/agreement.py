@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.gpu.building import random_model
 from benchmarks.gpu.cases import ALPHA, RANK, SEED, Case
-from benchmarks.gpu.measuring import MARK
+from benchmarks.gpu.processes import MARK
 from benchmarks.gpu.rows import random_rows
 from qlora_core.config import AdapterConfig
 from qlora_core.data.prepared import Rows

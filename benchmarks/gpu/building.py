@@ -21,7 +21,7 @@ _PAD = 0
 
 def random_model(shape: str, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
     """Return a frozen NF4 model (double quantisation) that computes in ``dtype``."""
-    config = LlamaConfig(**SHAPES[shape], pad_token_id=_PAD, max_position_embeddings=4096)
+    config = LlamaConfig(**SHAPES[shape], pad_token_id=_PAD)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     generator = torch.Generator(device).manual_seed(seed)
@@ -41,12 +41,12 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype, seed: int
     return model.requires_grad_(False).eval()
 
 
-def num_multiplied(model: nn.Module) -> int:
-    """Return how many frozen weights a token is multiplied by: layers and head."""
+def num_multiplied(model: nn.Module) -> tuple[int, int]:
+    """Return how many frozen weights a token is multiplied by: in layers, and in the head."""
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     num_body = sum(layer.in_features * layer.out_features for layer in layers)
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    return int(num_body + head.weight.numel())
+    return int(num_body), int(head.weight.numel())
 
 
 def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -8,24 +8,39 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-_LLAMA_3 = {"vocab_size": 128256, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+_LLAMA_2 = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+
+
+def _llama_3(factor: float) -> dict[str, Any]:
+    """Return what all of Llama 3.1 and 3.2 have in common."""
+    return {
+        "vocab_size": 128256,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 5e5, "factor": factor,
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    }  # fmt: skip
+
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
+    "tiny": _LLAMA_2 | {
         "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
     },
-    "1b": _LLAMA_3 | {  # Llama-3.2-1B
+    "1b": _llama_3(32.0) | {  # Llama-3.2-1B
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
         "tie_word_embeddings": True,
     },
-    "7b": {  # Llama-2-7B
+    "7b": _LLAMA_2 | {  # Llama-2-7B
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
         "tie_word_embeddings": False,
     },
-    "8b": _LLAMA_3 | {  # Llama-3.1-8B
+    "8b": _llama_3(8.0) | {  # Llama-3.1-8B
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
         "tie_word_embeddings": False,

@@ -4,21 +4,22 @@ import importlib.metadata
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 
+from benchmarks.gpu.cases import Case
+from benchmarks.gpu.processes import MARK
 from qlora_core.training.memory import peak_memory_bytes
 
-MARK, TOO_LARGE = "MEASURED ", "TOO LARGE"
-"""Beginnings of the lines by which a process reports."""
 _PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "triton", "liger-kernel", "accelerate", "trl",
     "pydantic", "numpy",
 )  # fmt: skip
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measurement:
     """What one system did in one process."""
 
@@ -32,22 +33,19 @@ class Measurement:
     """The same from the start of the process, building the model included."""
     losses: list[float]
     """Of every step, warm-up included."""
-    num_multiplied: int
-    """Frozen weights that each token is multiplied by."""
+    num_body: int
+    """Frozen weights of the layers that each token is multiplied by."""
+    num_head: int
+    """Of the head."""
     micro_batch: int
+    """Rows of a pass, at most, as it was trained in the end."""
     recomputes: bool
     """Whether activations were recomputed."""
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """All rows are full, so every token is one."""
-        return self.num_tokens / self.seconds
-
-    @property
-    def flops(self) -> float:
-        """FLOP per second that were needed: 4 for each weight and token, 6 where recomputed."""
-        return (6 if self.recomputes else 4) * self.num_multiplied * self.tokens_per_s
+    planned_bytes: int | None
+    """The peak that was expected before the first step; none of systems that expect nothing."""
+    is_fused: bool
+    """Whether kernels for a GPU were used besides torch's."""
+    notes: list[str]
 
     def report(self) -> None:
         """Print the measurement for the runner."""
@@ -56,15 +54,24 @@ class Measurement:
 
 @dataclass
 class Watch:
-    """Times the steps between the end of the warm-up and the last one."""
+    """Times the steps between the end of the warm-up and the last one, and says what was measured.
 
-    device: torch.device
-    num_warmup: int
-    num_steps: int
+    Args:
+        case: What is trained.
+        sizes: Weights that a token is multiplied by, from `num_multiplied`.
+    """
+
+    case: Case
+    sizes: tuple[int, int]
     num_done: int = 0
     peak_before: int = 0
     _start: float = 0.0
     seconds: float = 0.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is trained."""
+        return torch.device(self.case.device)
 
     def begin(self) -> None:
         """Call before the first step, when the model is there."""
@@ -75,12 +82,42 @@ class Watch:
     def step_done(self) -> bool:
         """End a step; return whether it was the last one."""
         self.num_done += 1
-        if self.num_done == self.num_warmup:
+        if self.num_done == self.case.num_warmup:
             self._start = _now(self.device)
-        if self.num_done < self.num_warmup + self.num_steps:
+        if self.num_done < self.case.num_warmup + self.case.num_steps:
             return False
         self.seconds = _now(self.device) - self._start
         return True
+
+    def measurement(
+        self,
+        system: str,
+        losses: list[float],
+        *,
+        micro_batch: int | None = None,
+        recomputes: bool | None = None,
+        planned_bytes: int | None = None,
+        is_fused: bool = False,
+        notes: Sequence[str] = (),
+    ) -> Measurement:
+        """Return what ``system`` did; what is not given is as the case says."""
+        case, peak = self.case, peak_memory_bytes(self.device)
+        num_body, num_head = self.sizes
+        return Measurement(
+            system=system,
+            num_tokens=case.num_steps * case.global_batch * case.row_length,
+            seconds=self.seconds,
+            peak_bytes=peak,
+            peak_ever_bytes=max(peak, self.peak_before),
+            losses=losses,
+            num_body=num_body,
+            num_head=num_head,
+            micro_batch=case.micro_batch if micro_batch is None else micro_batch,
+            recomputes=case.saves_memory if recomputes is None else recomputes,
+            planned_bytes=planned_bytes,
+            is_fused=is_fused,
+            notes=list(notes),
+        )
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

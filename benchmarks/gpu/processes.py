@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.cases import Case
+from benchmarks.record import ROOT
 
-ROOT = Path(__file__).parents[2]
-_MARK, _TOO_LARGE = "MEASURED ", "TOO LARGE"  # as in `measuring`, which needs torch
+MARK, TOO_LARGE = "MEASURED ", "TOO LARGE"
+"""Beginnings of the lines by which a process reports."""
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -51,7 +52,7 @@ class Processes:
         """
         while True:
             found, why = self._run(system, case)
-            if found is not None or not why.startswith(_TOO_LARGE) or case.micro_batch == 1:
+            if found is not None or not why.startswith(TOO_LARGE) or case.micro_batch == 1:
                 return found, case, why
             case = case.halved()
 
@@ -69,10 +70,10 @@ class Processes:
             return None, f"took more than {self.timeout_s} s"
         lines = done.stdout.splitlines()
         for line in lines:
-            if line.startswith(_TOO_LARGE):
+            if line.startswith(TOO_LARGE):
                 return None, line
-            if line.startswith(_MARK) and not done.returncode:
-                found: dict[str, Any] = json.loads(line.removeprefix(_MARK))
+            if line.startswith(MARK) and not done.returncode:
+                found: dict[str, Any] = json.loads(line.removeprefix(MARK))
                 return found, ""
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         return None, f"failed: {(said or [f'exit code {done.returncode}'])[-1][:300]}"

@@ -10,14 +10,19 @@ from benchmarks import record
 from benchmarks.gpu.summary import Line, Result
 
 
-def store(
-    folder: Path,
+def record_of(folder: Path | None) -> record.Record:
+    """Return the file of a run, to be written with `keep`."""
+    return record.Record(folder, "gpu", "training on a GPU, random weights")
+
+
+def keep(
+    stored: record.Record,
     options: Mapping[str, Any],
     probed: Mapping[str, Any],
     results: Sequence[Result],
     lines: Sequence[Line],
 ) -> Path:
-    """Write everything measured to ``folder`` and return the file."""
+    """Write everything measured so far and return the file."""
     not_told = ("out", "wheels")  # where things lie on this machine
     measured = {
         "machine": {
@@ -32,4 +37,4 @@ def store(
         "summary": [asdict(line) for line in lines],
         "results": [asdict(result) for result in results],
     }
-    return record.store(folder, "gpu", "training on a GPU, random weights", measured)
+    return stored.write(measured)

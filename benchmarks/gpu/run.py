@@ -9,6 +9,8 @@ import sys
 from typing import Any
 
 from benchmarks.gpu.cases import Case
+from benchmarks.gpu.needs import OF_TRL, missing, missing_of
+from benchmarks.gpu.processes import MARK, TOO_LARGE
 
 SYSTEMS = {"ours": "ours", "plain": "plain", "trl": "trl_sft"}
 
@@ -20,8 +22,6 @@ def main() -> None:
         return _probe(case)
     import torch
 
-    from benchmarks.gpu.measuring import TOO_LARGE
-
     place = "agreement" if what == "agreement" else f"systems.{SYSTEMS[what]}"
     system: Any = importlib.import_module(f"benchmarks.gpu.{place}")
     try:
@@ -31,22 +31,20 @@ def main() -> None:
 
 
 def _probe(case: Case) -> None:
-    """Print what is installed, what is not, and how fast large products are."""
+    """Print what is missing; if nothing is, what is installed and how fast large products are."""
+    if absent := missing():
+        print(MARK + json.dumps({"missing": absent}), flush=True)
+        return
     import torch
 
-    from benchmarks.gpu.measuring import MARK, matrix_rate, versions
+    from benchmarks.gpu.measuring import matrix_rate, versions
 
-    missing = {}
-    for name in ("transformers", "peft", "bitsandbytes", "pydantic", "qlora_core.training.worker"):
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # a package that is there but broken is as good as missing
-            missing[name] = f"{type(error).__name__}: {error}"
     device = torch.device(case.device)
     has_cuda = torch.cuda.is_available()
     found = {
         "versions": versions(),
-        "missing": missing,
+        "missing": {},
+        "missing_of_trl": missing_of(OF_TRL),
         "has_cuda": has_cuda,
         "device": torch.cuda.get_device_name() if has_cuda else "CPU",
         "memory_bytes": torch.cuda.get_device_properties(0).total_memory if has_cuda else None,

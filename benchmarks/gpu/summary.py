@@ -36,11 +36,16 @@ class Line:
     lowest: float
     highest: float
     matrix_share: float
-    """Of the measured rate of large products: 4 FLOP for each weight and token, 6 if recomputed."""
+    """Of the measured rate of large products: 4 FLOP for each weight and token, 6 for those of
+    layers where activations were recomputed."""
+    planned_bytes: int | None
+    """The peak that was expected, if the system expects one."""
     peak_bytes: int
     peak_ever_bytes: int
     micro_batch: int
     recomputes: bool
+    is_fused: bool
+    """Whether kernels besides torch's were used, in every round."""
     last_loss: float
     ours_is_faster: float | None
     """Median over rounds of ours over this system's tokens per second; none for ours."""
@@ -59,7 +64,8 @@ def _line(result: Result, system: str, matrix_rate: float) -> Line:
     measured = [each[system] for each in result.rounds if system in each]
     rates = [_rate(m) for m in measured]
     last, rate = measured[-1], statistics.median(rates)
-    flop = (6 if last["recomputes"] else 4) * last["num_multiplied"]
+    # a layer's forward pass is computed again, the head's never
+    flop = (6 if last["recomputes"] else 4) * last["num_body"] + 4 * last["num_head"]
     both = [each for each in result.rounds if system in each and OURS in each]
     ratios = [_rate(each[OURS]) / _rate(each[system]) for each in both]
     return Line(
@@ -69,10 +75,12 @@ def _line(result: Result, system: str, matrix_rate: float) -> Line:
         lowest=min(rates),
         highest=max(rates),
         matrix_share=flop * rate / matrix_rate,
+        planned_bytes=last["planned_bytes"],
         peak_bytes=max(m["peak_bytes"] for m in measured),
         peak_ever_bytes=max(m["peak_ever_bytes"] for m in measured),
-        micro_batch=last["micro_batch"],
+        micro_batch=min(m["micro_batch"] for m in measured),
         recomputes=last["recomputes"],
+        is_fused=all(m["is_fused"] for m in measured),
         last_loss=last["losses"][-1],
         ours_is_faster=statistics.median(ratios) if ratios and system != OURS else None,
     )

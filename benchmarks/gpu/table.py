@@ -56,9 +56,10 @@ def _targets(case: Case, lines: Sequence[Line]) -> list[str]:
     if case.shape == TARGET_SHAPE and case.row_length == TARGET_LENGTH:
         rate = ours.tokens_per_s
         text.append(f"{case.name}: {rate:.0f} tok/s; target on one H100: {TARGET_RATE}")
-        if peer is not None:
+        if peer is not None and peer.ours_is_faster is not None and peer.is_fused:
             ratio = f"{peer.ours_is_faster:.2f} times as fast as {FASTEST_PEER}"
-            text.append(f"{case.name}: {ratio}; target: {TARGET_RATIO}")
+            told = "with fused kernels, on full packs"
+            text.append(f"{case.name}: {ratio} {told}; target: {TARGET_RATIO}")
     if case.saves_memory and case.shape == SMALL_SHAPE and case.row_length == SMALL_LENGTH:
         peak = f"{ours.peak_bytes / _GB:.2f} GB at most"
         text.append(f"{case.name}: {peak}; target: {TARGET_BYTES / _GB:.0f} GB")
@@ -67,6 +68,10 @@ def _targets(case: Case, lines: Sequence[Line]) -> list[str]:
 
 def _ranged(line: Line) -> str:
     return f"{line.tokens_per_s:.0f} ({line.lowest:.0f}-{line.highest:.0f})"
+
+
+def _planned(line: Line) -> str:
+    return "-" if line.planned_bytes is None else f"{line.planned_bytes / _GB:.2f}"
 
 
 def _ratio(line: Line) -> str:
@@ -78,6 +83,7 @@ _COLUMNS: dict[str, Callable[[Line], str]] = {
     "system": lambda line: line.system,
     "tok/s": _ranged,
     "matrix rate": lambda line: f"{line.matrix_share:.0%}",
+    "planned GB": _planned,
     "peak GB": lambda line: f"{line.peak_bytes / _GB:.2f}",
     "rows a pass": lambda line: str(line.micro_batch),
     "recomputes": lambda line: "yes" if line.recomputes else "no",

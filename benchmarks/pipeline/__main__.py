@@ -6,7 +6,6 @@ Each part is one question; see benchmarks/README.md.
 """
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pipeline import orchestration, preparation, starting, streaming
-from benchmarks.record import ROOT, WORK, as_stated, found_gsm8k, say, store
+from benchmarks.record import WORK, as_stated, found_gsm8k, say, store
 from benchmarks.training.environments import FAMILIES, Environments
 from benchmarks.training.gauge import versions
+from benchmarks.training.making import Wish, found_workload
 from benchmarks.training.summary import Spread
 
 PARTS = ("start", "prepare", "stream", "orchestrate")
@@ -48,7 +48,7 @@ def main() -> int:
         found["stream"] = asdict(streamed)
         lines += streaming_lines(streamed)
     if "orchestrate" in options.parts:
-        workload = _workload(work, gsm8k)
+        workload = found_workload(Wish(gsm8k, _WORKLOAD_ROWS))
         run = orchestration.measure(work, options.rounds, workload, _STEPS)
         found["orchestrate"] = asdict(run)
         lines += orchestration_lines(run)
@@ -116,19 +116,6 @@ def _told(value: Spread, digits: int) -> str:
     return f"{value.median:.{digits}f} ({value.low:.{digits}f}-{value.high:.{digits}f})"
 
 
-def _workload(work: Path, gsm8k: Path | None) -> Path:
-    """Return a workload of the training benchmark with few rows, made once."""
-    folder = work / "workload"
-    command: list[str | Path] = [
-        sys.executable, "-m", "benchmarks.training.making", "--out", folder,
-        "--rows", str(_WORKLOAD_ROWS),
-    ]  # fmt: skip
-    if gsm8k:
-        command += ["--gsm8k", gsm8k]
-    subprocess.run(command, cwd=ROOT, check=True, env=preparation.environment(work))
-    return folder
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.pipeline", description=(__doc__ or "").partition("\n")[0]
@@ -137,7 +124,7 @@ def _options() -> argparse.Namespace:
     add("--parts", type=_parts, default=list(PARTS), help=f"some of {','.join(PARTS)}")
     add("--rounds", type=int, default=3, help="turns of each system, and runs of the recipe")
     add("--max-length", type=int, default=2048, help="tokens of a row, and of a pack")
-    add("--gsm8k", type=Path, help="GSM8K's train.jsonl; default: ../shared/data, else made up")
+    add("--gsm8k", type=Path, help="GSM8K's train.jsonl; default: of QLORAFLOW_DATA, else made up")
     add("--python", type=_python, action="append", default=[], metavar="FAMILY=PATH",
         help=f"use this Python for a family: {', '.join(FAMILIES)}")  # fmt: skip
     add("--out", type=Path, help="folder for the results; default: benchmarks/results")

@@ -41,7 +41,8 @@ def run_plainly(config: RunConfig, out: Path) -> dict[str, float]:
     """Run the recipe; return the seconds of each stage."""
     stages = Stages(out)
     rows, source = find_source(config.dataset.source), find_source(config.model.source)
-    model, training = config.model, (config.adapter, config.training, config.seed)
+    model = config.model
+    training = (config.quantization, config.adapter, config.training, config.seed)
     data = stages.run(
         "data", prepare.prepare_dataset, config.dataset, model, rows, None, source, None
     )

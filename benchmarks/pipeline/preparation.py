@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.pipeline.preparers.order import MARK, Prepared
-from benchmarks.record import ROOT, num_cores, say
+from benchmarks.record import ROOT, in_turn, num_cores, say
 from benchmarks.training.chats import made_up_chats
 from benchmarks.training.environments import Environments
 from benchmarks.training.summary import Spread, spread
@@ -90,7 +90,8 @@ def measure(
     found: dict[str, list[Prepared]] = {name: [] for name in SYSTEMS}
     left_out: dict[str, str] = {}
     for number in range(1, rounds + 1):
-        for name, system in SYSTEMS.items():
+        for name in in_turn(list(SYSTEMS), number):
+            system = SYSTEMS[name]
             if name in left_out:
                 continue
             say(f"preparation, round {number} of {rounds}: {name}")

@@ -148,7 +148,7 @@ def _options() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data", type=Path, default=DATA, metavar="FOLDER",
-        help="of devset.csv and testset_w_refs.csv; default: ../shared/data/e2e")  # fmt: skip
+        help="of devset.csv and testset_w_refs.csv; default: e2e of QLORAFLOW_DATA")  # fmt: skip
     add("--seeds", type=_numbers, default=[0, 1, 2], help="default: 0,1,2")
     add("--rows", type=int, default=NUM_ROWS,
         help="held-out rows, and at most as many meaning representations")  # fmt: skip

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.record import ROOT, WORK
+from benchmarks.record import ROOT, WORK, data_folder
 from qlora_core.artifacts import (
     AdapterCheckpoint,
     Artifact,
@@ -37,7 +37,7 @@ from qlora_core.stages.train import train_adapter
 from qlora_core.store import Store
 
 RECIPE = ROOT / "examples" / "e2e" / "recipe.yaml"
-DATA = ROOT.parent / "shared" / "data" / "e2e"
+DATA = data_folder() / "e2e"
 STORE = WORK / "quality"
 METHODS = ("nf4", "none")
 NUM_ROWS = 315

@@ -2,26 +2,36 @@
 
     python -m benchmarks.training [--systems ours,plain,hf-grouped] [--rounds 3] [--steps 4]
 
-Systems take turns (A B C, A B C, ...), each in a process and an environment of its own, so whatever
-else the machine does meets all of them.
+Systems take turns (A B C, B C A, ...), each in a process and an environment of its own, so whatever
+else the machine does meets all of them, and no place in the turn is always the same system's. What
+is measured is stored after each round: an interrupted run leaves the rounds that it has.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from benchmarks.record import ROOT, WORK, as_stated, found_gsm8k, num_cores, say, store
+from benchmarks.record import (
+    ROOT,
+    Record,
+    as_stated,
+    found_gsm8k,
+    in_turn,
+    num_cores,
+    say,
+)
 from benchmarks.training.environments import FAMILIES, Environments
 from benchmarks.training.gauge import MARK, Measurement
+from benchmarks.training.making import Wish, found_workload
 from benchmarks.training.summary import OURS, Summary, summarise
 from benchmarks.training.table import table
-from benchmarks.training.workload import SETTINGS_FILE, Settings, open_workload
+from benchmarks.training.workload import Settings, open_workload
 
 
 @dataclass(frozen=True)
@@ -62,17 +72,23 @@ class Bench:
     rates: list[dict[str, float]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def run(self) -> None:
-        """Measure all rounds; a system that fails once is left out from then on."""
+    def run(self, on_round: Callable[["Bench"], None]) -> None:
+        """Measure all rounds; a system that fails once is left out from then on.
+
+        Args:
+            on_round: Called after each of them.
+        """
         pythons = {system: self._python(system) for system in self.options.systems}
         for number in range(1, self.options.rounds + 1):
             self.rates.append(self._matrix_rate())
             found: dict[str, Measurement] = {}
             self.rounds.append(found)
-            for system, python in pythons.items():
+            for system in in_turn(list(pythons), number):
+                python = pythons[system]
                 if python is not None and system not in self.left_out:
                     say(f"round {number} of {self.options.rounds}: {system}")
                     self._measure(system, python, found)
+            on_round(self)
 
     def _python(self, system: str) -> Path | None:
         family = SYSTEMS[system].family
@@ -130,42 +146,28 @@ def main() -> int:
             name for name, system in SYSTEMS.items()
             if has_cuda or not FAMILIES[system.family].needs_cuda
         ]  # fmt: skip
-    bench = Bench(
-        options,
-        _workload(options),
-        Environments(dict(options.python), say, has_cuda),
-        num_cores(),
-    )
-    bench.run()
-    settings = open_workload(bench.workload).settings
+    wish = Wish(
+        found_gsm8k(options.gsm8k), options.rows, options.global_batch,
+        "bfloat16" if has_cuda else "float32",
+    )  # fmt: skip
+    workload = found_workload(wish)
+    environments = Environments(dict(options.python), say, has_cuda)
+    bench = Bench(options, workload, environments, num_cores())
+    settings = open_workload(
+        workload, global_batch=options.global_batch, micro_batch=options.micro_batch
+    ).settings
+    record = Record(options.out, "training", "training, ours against peers")
+
+    def keep(bench: Bench) -> None:
+        if any(bench.rounds):
+            say(f"stored in {record.write(_measured(bench, settings, _summary(bench, settings)))}")
+
+    bench.run(keep)
     if not any(bench.rounds):
         say(f"Nothing was measured: {bench.left_out}")
         return 1
-    summary = summarise(bench.rounds, settings, bench.num_cores, bench.rates)
-    print(table(summary, bench.left_out))
-    say(f"stored in {_store(bench, settings, summary)}")
+    print(table(_summary(bench, settings), bench.left_out))
     return 0
-
-
-def _workload(options: argparse.Namespace) -> Path:
-    """Return the workload's folder, made in a process of its own if need be."""
-    gsm8k = found_gsm8k(options.gsm8k)
-    content = hashlib.sha256(gsm8k.read_bytes()).hexdigest() if gsm8k else "chats"
-    code = "".join((Path(__file__).parent / name).read_text() for name in ("making.py", "chats.py"))
-    key = hashlib.sha256(f"{content} {options.rows} {code}".encode()).hexdigest()[:12]
-    folder = WORK / key
-    if not (folder / SETTINGS_FILE).exists():
-        say(f"Making the workload in {folder} (once)")
-        command: list[str | Path] = [
-            sys.executable,
-            "-m",
-            "benchmarks.training.making",
-            "--out",
-            folder,
-        ]
-        command += ["--rows", str(options.rows)] + (["--gsm8k", gsm8k] if gsm8k else [])
-        subprocess.run(command, cwd=ROOT, check=True, env=_environment("", is_shared=True))
-    return folder
 
 
 def _environment(system: str, *, is_shared: bool) -> dict[str, str]:
@@ -188,8 +190,12 @@ def _environment(system: str, *, is_shared: bool) -> dict[str, str]:
     return {**os.environ, **quiet}
 
 
-def _store(bench: Bench, settings: Settings, summary: Summary) -> Path:
-    measured = {
+def _summary(bench: Bench, settings: Settings) -> Summary:
+    return summarise(bench.rounds, settings, bench.num_cores, bench.rates)
+
+
+def _measured(bench: Bench, settings: Settings, summary: Summary) -> dict[str, Any]:
+    return {
         "options": as_stated(vars(bench.options)),
         "workload": asdict(settings),
         "matrix_rates": bench.rates,
@@ -197,7 +203,6 @@ def _store(bench: Bench, settings: Settings, summary: Summary) -> Path:
         "summary": asdict(summary),
         "rounds": [{name: asdict(m) for name, m in each.items()} for each in bench.rounds],
     }
-    return store(bench.options.out, "training", "training, ours against peers", measured)
 
 
 def _has_cuda() -> bool:
@@ -223,7 +228,7 @@ def _options() -> argparse.Namespace:
     add("--global-batch", type=int, default=8, help="rows of an optimizer step")
     add("--micro-batch", type=int, default=8, help="rows of a forward pass")
     add("--rows", type=int, default=2000, help="rows of an epoch")
-    add("--gsm8k", type=Path, help="GSM8K's train.jsonl; default: ../shared/data, else made up")
+    add("--gsm8k", type=Path, help="GSM8K's train.jsonl; default: of QLORAFLOW_DATA, else made up")
     add("--python", type=_python, action="append", default=[], metavar="FAMILY=PATH",
         help=f"use this Python for a family: {', '.join(FAMILIES)}")  # fmt: skip
     add("--shared-machine", action="store_true",

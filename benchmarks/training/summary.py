@@ -6,15 +6,19 @@ wall time and leaves CPU time (nearly) alone; so both are given.
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from benchmarks.training.gauge import Measurement
 from benchmarks.training.workload import Settings
 
-OURS, PLAIN = "ours", "plain"
+OURS, PLAIN, TRL = "ours", "plain", "trl-padded-float32"
+"""Losses are compared with the plain loop's and with TRL's, where it computes in float32."""
 _FLOPS = 4
 """Per frozen parameter and token: forward, and backward to the input."""
+TIMES_PEER, TIMES_PLAIN, MATRIX_SHARE = 2.0, 2.7, 0.75
+"""What ours is to reach."""
 
 Round = Mapping[str, Measurement]
 """What each system measured in a round, as far as it ran."""
@@ -62,6 +66,20 @@ class Line:
     """Largest difference to the plain loop at any step; none on other rows than its."""
     has_plain: bool
     """Whether there was a plain loop to compare with."""
+    trl_loss_difference: float | None
+    """The same to TRL in float32."""
+    has_trl: bool
+
+
+@dataclass(frozen=True)
+class Target:
+    """What ours is to reach, and what it did."""
+
+    what: str
+    found: float
+    wanted: float
+    unit: Literal["times", "share", "bytes"]
+    is_reached: bool
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,7 @@ class Summary:
 
     lines: tuple[Line, ...]
     ratios: tuple[Ratio, ...]
+    targets: tuple[Target, ...]
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -102,11 +121,12 @@ def summarise(
         rates: What `matrix_rate` found in each round.
     """
     systems = list(dict.fromkeys(system for each in rounds for system in each))
-    plain = _all_of(rounds, PLAIN)
+    known = {name: _all_of(rounds, name)[:1] for name in (PLAIN, TRL)}
     lines = tuple(
-        _line(_all_of(rounds, system), plain, settings, num_cores, rates) for system in systems
+        _line(_all_of(rounds, system), known, settings, num_cores, rates) for system in systems
     )
-    return Summary(lines, _ratios(rounds, lines, num_cores))
+    ratios = _ratios(rounds, lines, num_cores)
+    return Summary(lines, ratios, tuple(_targets(lines, ratios)))
 
 
 def work(measured: Measurement, settings: Settings) -> float:
@@ -117,11 +137,11 @@ def work(measured: Measurement, settings: Settings) -> float:
     return float(_FLOPS * (body + head))
 
 
-def loss_difference(curve: Measurement, plain: Measurement) -> float | None:
+def loss_difference(curve: Measurement, known: Measurement) -> float | None:
     """Return the largest difference of two curves; none if they saw other rows."""
-    if curve.checksums != plain.checksums:
+    if curve.checksums != known.checksums:
         return None
-    return max(abs(a - b) for a, b in zip(curve.losses, plain.losses, strict=True))
+    return max(abs(a - b) for a, b in zip(curve.losses, known.losses, strict=True))
 
 
 def strongest(lines: Sequence[Line], rate: Callable[[Line], float]) -> str | None:
@@ -136,7 +156,7 @@ def _all_of(rounds: Sequence[Round], system: str) -> list[Measurement]:
 
 def _line(
     measured: Sequence[Measurement],
-    plain: Sequence[Measurement],
+    known: Mapping[str, Sequence[Measurement]],
     settings: Settings,
     num_cores: int,
     rates: Sequence[Mapping[str, float]],
@@ -155,9 +175,15 @@ def _line(
         matrix_share_cpu=cpu_share,
         matrix_share_wall=wall_share,
         final_loss=measured[-1].losses[-1],
-        loss_difference=loss_difference(measured[0], plain[0]) if plain else None,
-        has_plain=bool(plain),
+        loss_difference=_difference_to(known[PLAIN], measured[0]),
+        has_plain=bool(known[PLAIN]),
+        trl_loss_difference=_difference_to(known[TRL], measured[0]),
+        has_trl=bool(known[TRL]),
     )
+
+
+def _difference_to(known: Sequence[Measurement], curve: Measurement) -> float | None:
+    return loss_difference(curve, known[0]) if known else None
 
 
 def _matrix_shares(
@@ -186,3 +212,30 @@ def _ratios(rounds: Sequence[Round], lines: Sequence[Line], num_cores: int) -> t
                 ratios = [rate(e[OURS], num_cores) / rate(e[other], num_cores) for e in both]
                 found.append(Ratio(other, per, spread(ratios)))
     return tuple(found)
+
+
+def _targets(lines: Sequence[Line], ratios: Sequence[Ratio]) -> Iterator[Target]:
+    """Hold ours against what it is to reach; of others than ours nothing is wanted."""
+    ours = next((line for line in lines if line.system == OURS), None)
+    if ours is None:
+        return
+    for ratio in ratios:
+        wanted = TIMES_PLAIN if ratio.against == PLAIN else TIMES_PEER
+        found = ratio.spread.median
+        what = f"ours / {ratio.against}, tokens per {ratio.per}"
+        yield Target(what, found, wanted, "times", found >= wanted)
+    shares = {"CPU second": ours.matrix_share_cpu, "wall second": ours.matrix_share_wall}
+    for per, share in shares.items():
+        if share is not None:
+            what = f"share of the matrix rate, per {per}"
+            yield Target(what, share, MATRIX_SHARE, "share", share >= MATRIX_SHARE)
+    peaks = {
+        line.system: line.peak_memory_bytes.median
+        for line in lines
+        if line.system not in (OURS, PLAIN)
+    }
+    if peaks:
+        least = min(peaks, key=lambda system: peaks[system])
+        found, wanted = ours.peak_memory_bytes.median, peaks[least]
+        what = f"peak memory against {least}"
+        yield Target(what, found, wanted, "bytes", found <= wanted)

@@ -3,7 +3,8 @@
 A workload is a folder, made once (`benchmarks.training.making`) and only read afterwards:
 
     workload.json    the settings below
-    rows.jsonl       tokenised rows in the order in which they are to be trained
+    rows.jsonl       tokenised rows in the order in which they are to be trained: the longest ones
+                     make the first step
     model/           an NF4 checkpoint that transformers opens
     adapter/         the adapter's start, in PEFT's format
     data/            the same rows as our own engine reads them
@@ -55,6 +56,8 @@ class Settings:
     """Frozen weights that each token is multiplied by."""
     num_head_parameters: int
     """Of the output head."""
+    compute_dtype: str = "float32"
+    """Of the checkpoint, and of products where a system does not choose another."""
     rank: int = 16
     alpha: int = 32
     global_batch: int = 8

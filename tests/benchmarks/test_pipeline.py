@@ -1,5 +1,6 @@
 """The made-up model, and how results are told."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from benchmarks.pipeline.__main__ import (
     start_lines,
     streaming_lines,
 )
-from benchmarks.pipeline.orchestration import Orchestration
+from benchmarks.pipeline.orchestration import RECIPE, Orchestration
+from benchmarks.pipeline.plainly import run_plainly
 from benchmarks.pipeline.preparation import Line, Preparation
 from benchmarks.pipeline.preparers.order import Prepared
 from benchmarks.pipeline.sharded import Size, write_model
@@ -20,6 +22,7 @@ from benchmarks.pipeline.starting import Starting
 from benchmarks.pipeline.streaming import Peak, Streaming
 from benchmarks.record import as_stated
 from benchmarks.training.summary import Spread
+from qlora_core.recipe import load_config
 
 FEW = Spread(2.0, 1.0, 4.0)
 TWO = {"cold": FEW, "warm": FEW}
@@ -52,6 +55,19 @@ def test_where_files_lie_on_a_machine_is_not_kept():
     given = {"python": [1], "out": Path("/some/where"), "rounds": 3}
 
     assert as_stated(given) == {"out": "where", "rounds": 3}
+
+
+def test_all_stages_run_one_after_the_other_without_orchestration(tmp_path, tiny_llama):
+    rows = tmp_path / "rows.jsonl"
+    chats = ({"prompt": f"say {i}", "completion": f"the answer is {i}"} for i in range(60))
+    rows.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(seed=0, model=tiny_llama, rows=rows))
+
+    seconds = run_plainly(load_config(recipe), tmp_path / "out")
+
+    reports = ["base_report", "tuned_report", "merged_report"]
+    assert list(seconds) == ["data", "base", "adapter", "merged", *reports, "registered"]
 
 
 @pytest.mark.parametrize(

@@ -168,4 +168,46 @@ def test_without_a_plain_loop_the_table_compares_no_losses():
 
     text = table(summarise(rounds, settings(), 2, RATES), {})
 
-    assert text.splitlines()[1].endswith(" -")
+    assert text.splitlines()[1].split()[-2:] == ["-", "-"]
+
+
+def test_losses_are_compared_with_trl_in_float32_where_rows_are_the_same():
+    trl = measurement("trl-padded-float32", 9, losses=[1.5, 1.2502])
+    other = measurement("llama-factory-neat", 9, checksums=[1, 2])
+    rounds = [{"ours": measurement("ours", 4), "trl-padded-float32": trl, other.system: other}]
+
+    summary = summarise(rounds, settings(), 2, RATES)
+
+    ours, _, packed = summary.lines
+    assert ours.trl_loss_difference == pytest.approx(2e-4)
+    assert packed.trl_loss_difference is None
+    assert table(summary, {}).splitlines()[1].split()[-2:] == ["-", "2.0e-04"]
+
+
+def test_each_target_is_held_against_what_was_found(summary):
+    reached = {target.what: target.is_reached for target in summary.targets}
+
+    assert reached == {
+        "ours / hf-grouped, tokens per CPU second": True,
+        "ours / plain, tokens per CPU second": True,
+        "ours / hf-grouped, tokens per wall second": True,
+        "ours / plain, tokens per wall second": True,
+        "share of the matrix rate, per CPU second": True,
+        "share of the matrix rate, per wall second": True,
+        "peak memory against hf-grouped": True,
+    }
+    text = table(summary, {}).splitlines()
+    assert "target reached: ours / plain, tokens per CPU second: 3.00, wanted at least 2.70" in text
+
+
+def test_a_target_is_missed_by_a_slower_or_larger_run():
+    heavy = measurement("ours", 7, peak_memory_bytes=3_500_000_000)
+    rounds = [{"ours": heavy, "hf-padded": measurement("hf-padded", 8)}]
+
+    text = table(summarise(rounds, settings(), 2, []), {}).splitlines()
+
+    assert (
+        "target missed: ours / hf-padded, tokens per wall second: 1.14, wanted at least 2.00"
+        in text
+    )
+    assert "target missed: peak memory against hf-padded: 3.50 GB, wanted not above 3.00 GB" in text

@@ -2,9 +2,11 @@
 
 import statistics
 
+import numpy as np
 import pytest
 
 from benchmarks.training.chats import LONGEST, NUM_TEMPLATE_TOKENS, SHORTEST, made_up_chats
+from benchmarks.training.making import Wish, lay_in_order, longest_first, name_of
 from benchmarks.training.workload import (
     IGNORED,
     Row,
@@ -14,6 +16,8 @@ from benchmarks.training.workload import (
     spread_evenly,
     write_workload,
 )
+from qlora_core.data.prepared import TokenRow, read_split, write_split
+from qlora_core.training.batching import make_plan
 
 
 def settings(**changes) -> Settings:
@@ -90,3 +94,39 @@ def test_few_places_stand_for_many():
     assert spread_evenly(50, 4) == [6, 18, 31, 43]
     assert spread_evenly(50, 1) == [25]
     assert spread_evenly(3, 3) == [0, 1, 2]
+
+
+def test_the_longest_rows_come_first_and_the_others_keep_their_order():
+    assert longest_first([3, 9, 4, 7, 5], num_first=2) == [1, 3, 0, 2, 4]
+    assert longest_first([3, 3], num_first=8) == [0, 1]
+
+
+def test_our_engines_first_step_has_the_longest_rows_and_no_row_is_lost(tmp_path):
+    lengths = np.random.default_rng(0).permutation(np.arange(2, 42))
+    made = [TokenRow([number] * number, [number] * number) for number in lengths.tolist()]
+    write_split(tmp_path, "train", made)
+
+    order = lay_in_order(tmp_path, seed=3, num_first=8)
+
+    laid = read_split(tmp_path, "train")
+    plan = make_plan(seed=3, num_rows=40, global_batch=8, epochs=1000, max_steps=6)
+    trained = [laid.lengths[plan.rows(step)].tolist() for step in range(1, 6)]
+    met = [length for step in trained for length in step]
+    assert trained[0] == list(range(41, 33, -1))
+    assert sorted(met) == list(range(2, 42))
+    assert [int(laid.lengths[row]) for row in order] == met
+    assert all((laid.input_ids(row) == laid.lengths[row]).all() for row in range(40))
+
+
+def test_a_workload_is_found_by_what_it_is_made_of_and_not_by_where_its_rows_lie(tmp_path):
+    here, there, other = (tmp_path / name for name in ("here", "there", "other"))
+    here.write_text("{}")
+    there.write_text("{}")
+    other.write_text("{ }")
+
+    assert name_of(Wish(here)) == name_of(Wish(there))
+    changed = [
+        Wish(here), Wish(other), Wish(None), Wish(here, 500), Wish(here, num_first=4),
+        Wish(here, compute_dtype="bfloat16"), Wish(here, seed=1),
+    ]  # fmt: skip
+    assert len({name_of(wish) for wish in changed}) == len(changed)

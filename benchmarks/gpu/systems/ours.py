@@ -13,7 +13,6 @@ from qlora_core.modeling.lora import attach_adapter
 from qlora_core.ports import TrainJob
 from qlora_core.training.comm import Alone
 from qlora_core.training.loop import Position, train
-from qlora_core.training.memory import peak_memory_bytes
 from qlora_core.training.worker import assemble, fast_paths
 
 
@@ -21,7 +20,7 @@ def measure(case: Case) -> Measurement:
     """Train the steps of ``case``."""
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
     base = random_model(case.shape, device, dtype, SEED)
-    weights = num_multiplied(base)
+    watch, losses = Watch(case, num_multiplied(base)), []
     job = job_of(case)
     model = attach_adapter(base, job.adapter, SEED)
     # held-out rows are measured after the last step, so more are planned than are measured
@@ -30,7 +29,6 @@ def measure(case: Case) -> Measurement:
     rows = random_rows(num_rows, case.row_length, vocabulary, SEED)
     heldout = random_rows(1, case.row_length, vocabulary, SEED + 1)
     notes: list[str] = []
-    watch, losses = Watch(device, case.num_warmup, case.num_steps), []
     run = assemble(job, model, (rows, heldout), Alone(), device, notes)
     watch.begin()
     with fast_paths(run) as fast:
@@ -38,17 +36,13 @@ def measure(case: Case) -> Measurement:
             losses.append(metrics.loss)
             if watch.step_done():
                 break
-    peak = peak_memory_bytes(device)
-    return Measurement(
-        system="ours",
-        num_tokens=case.num_steps * case.global_batch * case.row_length,
-        seconds=watch.seconds,
-        peak_bytes=peak,
-        peak_ever_bytes=max(peak, watch.peak_before),
-        losses=losses,
-        num_multiplied=weights,
-        micro_batch=case.micro_batch,
+    return watch.measurement(
+        "ours",
+        losses,
+        micro_batch=min(case.micro_batch, run.room.num_rows),  # passes that did not fit were halved
         recomputes=run.room.recompute != "nothing",
+        planned_bytes=run.room.estimate.total,
+        is_fused=bool(run.loss.kernels.names),
         notes=notes,
     )
 

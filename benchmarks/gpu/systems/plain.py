@@ -11,7 +11,6 @@ from benchmarks.gpu.measuring import Measurement, Watch
 from benchmarks.gpu.rows import random_rows
 from qlora_core.config import AdapterConfig
 from qlora_core.modeling.lora import attach_adapter
-from qlora_core.training.memory import peak_memory_bytes
 
 _MAX_NORM = 1.0
 
@@ -20,7 +19,7 @@ def measure(case: Case) -> Measurement:
     """Train the steps of ``case``."""
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
     base = random_model(case.shape, device, dtype, SEED)
-    weights = num_multiplied(base)
+    watch, losses = Watch(case, num_multiplied(base)), []
     model: Any = attach_adapter(base, AdapterConfig(rank=RANK, alpha=ALPHA), SEED).train()
     if case.saves_memory:
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -28,7 +27,6 @@ def measure(case: Case) -> Measurement:
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     batches = torch.split(ids_of(case, base.config.vocab_size), case.micro_batch)
     num_passes = case.global_batch // case.micro_batch
-    watch, losses = Watch(device, case.num_warmup, case.num_steps), []
     watch.begin()
     for start in range(0, len(batches), num_passes):
         losses.append(_step(model, batches[start : start + num_passes], device))
@@ -37,18 +35,7 @@ def measure(case: Case) -> Measurement:
         optimizer.zero_grad()
         if watch.step_done():
             break
-    peak = peak_memory_bytes(device)
-    return Measurement(
-        system="plain",
-        num_tokens=case.num_steps * case.global_batch * case.row_length,
-        seconds=watch.seconds,
-        peak_bytes=peak,
-        peak_ever_bytes=max(peak, watch.peak_before),
-        losses=losses,
-        num_multiplied=weights,
-        micro_batch=case.micro_batch,
-        recomputes=case.saves_memory,
-    )
+    return watch.measurement("plain", losses)
 
 
 def ids_of(case: Case, vocabulary: int) -> Tensor:

@@ -1,11 +1,12 @@
 """TRL's SFTTrainer with liger-kernel's fused kernels, on rows that are packed already.
 
-All rows are full, so packing again would change nothing; TRL's own would need flash-attn. Else TRL
-is as it is: bfloat16, the adapter of a quantised base in bfloat16, its own optimizer settings. It
-recomputes activations by default; here only where the case says so, as that costs it a quarter.
+All rows are full, so packing again would change nothing; TRL's own would need flash-attn. Kernels
+are compiled when they are first used, which needs a C compiler; so a tiny one is tried before, and
+where it fails TRL runs without, and says so. Else TRL is as it is: bfloat16, the adapter of a
+quantised base in bfloat16, its own optimizer settings. It recomputes activations by default; here
+only where the case says so, as that costs it a quarter.
 """
 
-import importlib.util
 import tempfile
 from typing import Any
 
@@ -20,7 +21,6 @@ from benchmarks.gpu.building import num_multiplied, random_model
 from benchmarks.gpu.cases import ALPHA, LEARNING_RATE, RANK, SEED, Case
 from benchmarks.gpu.measuring import Measurement, Watch
 from benchmarks.gpu.systems.plain import ids_of
-from qlora_core.training.memory import peak_memory_bytes
 
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -29,26 +29,30 @@ def measure(case: Case) -> Measurement:
     """Train the steps of ``case``."""
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
     base = random_model(case.shape, device, dtype, SEED)
-    weights = num_multiplied(base)
-    watch = Watch(device, case.num_warmup, case.num_steps)
-    listener = _Listener(watch)
+    watch = Watch(case, num_multiplied(base))
+    unfused = why_unfused(device, dtype)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(case, base, listener, folder)
+        trainer = _trainer(case, base, _Listener(watch), folder, is_fused=not unfused)
         watch.begin()
         trainer.train()
-    peak = peak_memory_bytes(device)
-    return Measurement(
-        system="trl",
-        num_tokens=case.num_steps * case.global_batch * case.row_length,
-        seconds=watch.seconds,
-        peak_bytes=peak,
-        peak_ever_bytes=max(peak, watch.peak_before),
-        losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        num_multiplied=weights,
-        micro_batch=case.micro_batch,
-        recomputes=case.saves_memory,
-        notes=[] if _has_liger() else ["TRL ran without liger-kernel: it is not installed."],
-    )
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    notes = [f"TRL ran without liger-kernel's fused kernels: {unfused}."] if unfused else []
+    return watch.measurement("trl", losses, is_fused=not unfused, notes=notes)
+
+
+def why_unfused(device: torch.device, dtype: torch.dtype) -> str:
+    """Return why liger-kernel cannot be used on ``device``; nothing if a tiny kernel ran."""
+    if device.type != "cuda":
+        return "they need a GPU"
+    try:
+        from liger_kernel.transformers.rms_norm import LigerRMSNorm
+
+        x_BD = torch.ones(2, 64, device=device, dtype=dtype, requires_grad=True)
+        LigerRMSNorm(64).to(device, dtype)(x_BD).sum().backward()
+        torch.cuda.synchronize(device)
+    except Exception as error:  # whatever a compiler or a driver says
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    return ""
 
 
 class _Listener(TrainerCallback):  # type: ignore[misc]
@@ -60,7 +64,7 @@ class _Listener(TrainerCallback):  # type: ignore[misc]
         self.watch.step_done()
 
 
-def _trainer(case: Case, base: Any, listener: _Listener, folder: str) -> Any:
+def _trainer(case: Case, base: Any, listener: _Listener, folder: str, *, is_fused: bool) -> Any:
     ids_NT = ids_of(case, base.config.vocab_size).tolist()
     options: dict[str, Any] = {"use_cpu": True} if case.device == "cpu" else {}
     return SFTTrainer(
@@ -76,7 +80,7 @@ def _trainer(case: Case, base: Any, listener: _Listener, folder: str) -> Any:
             packing=False,
             bf16=case.dtype == "bfloat16",
             gradient_checkpointing=case.saves_memory,
-            use_liger_kernel=_has_liger(),
+            use_liger_kernel=is_fused,
             logging_steps=1,
             save_strategy="no",
             report_to="none",
@@ -97,7 +101,3 @@ def _no_tokenizer() -> PreTrainedTokenizerFast:
     """Return what the trainer asks for; the rows are tokens already."""
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
-
-
-def _has_liger() -> bool:
-    return importlib.util.find_spec("liger_kernel") is not None

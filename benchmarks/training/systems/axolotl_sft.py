@@ -1,6 +1,8 @@
-"""Axolotl, on a CUDA GPU: sample packing with FlashAttention and its LoRA kernels.
+"""Axolotl, on a CUDA GPU: sample packing with torch's own attention and its LoRA kernels.
 
-Rows come tokenised; a plugin puts the gauge on its trainer.
+flash-attn is not installed, as it has to be built for each torch; axolotl keeps packed rows apart
+in torch's attention as well, by their lengths (`varlen_attn`). Rows come tokenised; a plugin puts
+the gauge on its trainer.
 """
 
 import json
@@ -60,7 +62,7 @@ def _config(workload: Workload, gauge: Gauge, folder: Path) -> dict[str, Any]:
         "output_dir": str(folder / "out"),
         "sequence_len": settings.pack_length,
         "sample_packing": True,
-        "flash_attention": True,
+        "attn_implementation": "sdpa",
         "bf16": "auto",
         "micro_batch_size": settings.num_packs,
         "gradient_accumulation_steps": settings.num_accumulated,

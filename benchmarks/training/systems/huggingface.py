@@ -4,8 +4,8 @@ Flattened rows are told apart by their positions, from which transformers makes 
 attention is torch's own (on a CPU, say).
 
 Grouping sorts 50 batches at a time, so the first few hold the longest rows of 400, and say little
-of an epoch. The batches trained here are those of transformers' own sampler, but spread evenly over
-the first 50.
+of an epoch. The batches measured here are those of transformers' own sampler, but spread evenly
+over the first 50; the first step has the workload's first rows, as everywhere.
 """
 
 from pathlib import Path
@@ -60,13 +60,13 @@ def _rows(workload: Workload, gauge: Gauge) -> Dataset:
     if gauge.system != "hf-grouped":
         return rows
     size, seed = workload.settings.global_batch, workload.settings.seed
-    order = get_length_grouped_indices(
-        list(rows["length"]), size, generator=torch.Generator().manual_seed(seed)
-    )
+    lengths = list(rows["length"])[size:]  # the first step has the longest rows of all
+    order = get_length_grouped_indices(lengths, size, generator=torch.Generator().manual_seed(seed))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    warmup = [0] * gauge.num_warmup  # the longest
-    measured = spread_evenly(min(len(batches), _SORTED_AT_ONCE), gauge.num_steps)
-    return rows.select([row for place in warmup + measured for row in batches[place]])
+    num_chosen = gauge.num_all_steps - 1
+    chosen = spread_evenly(min(len(batches), _SORTED_AT_ONCE), num_chosen) if num_chosen else []
+    grouped = [size + row for place in chosen for row in batches[place]]
+    return rows.select([*range(size), *grouped])
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def _job(workload: Workload, num_steps: int, folder: Path) -> TrainJob:
         data=workload.folder / "data",
         out=folder / "out",
         scratch=folder / "scratch",
-        quantization=QuantizationConfig(),
+        quantization=QuantizationConfig.model_validate({"compute_dtype": settings.compute_dtype}),
         adapter=AdapterConfig(rank=settings.rank, alpha=settings.alpha),
         training=TrainingConfig(
             max_steps=num_steps,
