@@ -6,6 +6,7 @@ says what to change; all others with 1. A traceback is shown for ``--debug`` alo
 what was not foreseen is written to a file that the message names.
 """
 
+import atexit
 import json
 import logging
 import os
@@ -13,10 +14,9 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
-from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -24,7 +24,6 @@ from rich.markup import escape
 
 if TYPE_CHECKING:
     from flows.chat import Conversation
-    from flows.server import Connection
     from qlora_core.config import RunConfig
 
 app = typer.Typer(
@@ -35,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-R = TypeVar("R")
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 _INTERRUPTED = 130  # Typer's exit code for Ctrl-C
 _PIPE_COLUMNS = 120  # Rich takes 80 where there is no terminal, too narrow for a comparison
 
@@ -89,10 +88,12 @@ def run(
     given = [*(overrides or []), *([f"cluster.address={cluster}"] if cluster else [])]
     config = _load(recipe, given)
     _quiet_prefect()
-    server = _begun(_server)  # it starts beside seconds of imports
-    from flows.run import run_and_report
+    from flows.ahead import started_ahead
 
-    run_and_report(config, out, server.result)
+    with started_ahead(config) as ahead:
+        from flows.run import run_and_report
+
+        run_and_report(config, out, ahead)
 
 
 @app.command()
@@ -269,6 +270,10 @@ def main() -> None:
     """Run the command line, and turn errors into a text and an exit code."""
     # Before torch is loaded: threads that wait actively take the cores of training beside them.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # bitsandbytes would have a compiler write its CPU functions: seconds to import, and other bits
+    # where there is none. On a GPU models may need torch's compiler.
+    if sys.platform == "linux" and not any(Path(driver).exists() for driver in _GPU_DRIVERS):
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Says on import that a kernel cannot be fetched from a hub, which we never want it to.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
@@ -276,11 +281,21 @@ def main() -> None:
     except SystemExit as leaving:
         if leaving.code == _INTERRUPTED:
             err.print("stopped; the same command goes on from here")
-        raise
+        _leave(leaving.code)
     except Exception as error:  # whatever it is, a person gets a sentence, not a traceback
         if os.environ.get("QLORAFLOW_DEBUG"):
             err.print_exception()
-        sys.exit(_explain(error))
+        _leave(_explain(error))
+
+
+def _leave(code: object) -> NoReturn:
+    """End the process as Python does, but for taking apart, for seconds, all that was imported."""
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _explain(error: Exception) -> int:
@@ -306,26 +321,6 @@ def _load(recipe: Path, overrides: list[str] | None) -> "RunConfig":
     from qlora_core.recipe import load_config
 
     return load_config(recipe, overrides or [])
-
-
-def _server() -> "Connection":
-    from flows.server import ensure_server
-
-    return ensure_server(_home())
-
-
-def _begun(call: Callable[[], R]) -> "Future[R]":
-    """Begin ``call`` in a thread that does not keep the process from ending."""
-    future: Future[R] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:  # whoever asks for the result gets it
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def _quiet_prefect() -> None:

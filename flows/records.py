@@ -138,7 +138,7 @@ def open_record(store: Path, config: RunConfig, prefect_flow_run_id: str) -> Ope
         pid=os.getpid(),
         started=_now(),
     )
-    recipe = fingerprint(config.model_dump(mode="json"))
+    recipe = _recipe(config)
     with _locked(store / "runs"):
         return _continued(store, recipe, attempt) or _begun(store, config, recipe, attempt)
 
@@ -148,6 +148,12 @@ def records(store: Path) -> list[RunRecord]:
     folders = (store / "runs").glob(f"*/{_RECORD}")
     found = [record for path in folders if (record := _read(path.parent))]
     return sorted(found, key=lambda record: (record.attempts[-1].started, record.run_id))[::-1]
+
+
+def has_adapter(store: Path, config: RunConfig) -> bool:
+    """Say whether a run of this very recipe has trained already, or found that another had."""
+    recipe = _recipe(config)
+    return any(each.recipe == recipe and "adapter" in each.artifacts for each in records(store))
 
 
 def load_record(
@@ -228,6 +234,10 @@ def _continued(store: Path, recipe: str, attempt: Attempt) -> OpenRecord | None:
             _write(folder, taken.record)
             return taken
     return None
+
+
+def _recipe(config: RunConfig) -> str:
+    return fingerprint(config.model_dump(mode="json"))
 
 
 def _begun(store: Path, config: RunConfig, recipe: str, attempt: Attempt) -> OpenRecord:

@@ -1,18 +1,18 @@
 """``qlora run`` and ``qlora sync``: a run with somebody watching it."""
 
 import os
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
+from flows.ahead import Ahead
 from flows.console import progress_on
 from flows.finetune import run_recipe
 from flows.records import RunRecord, load_record, records
 from flows.report import addresses, show_record
-from flows.server import Connection, server_status
+from flows.server import server_status
 from qlora_core.backends.mlflow_tracking import replay, waiting
 from qlora_core.config import RunConfig
 from qlora_core.errors import QLoraError
@@ -20,15 +20,13 @@ from tasks import places
 from tasks.wiring import Surroundings
 
 
-def run_and_report(
-    config: RunConfig, console: Console, connect: Callable[[], Connection]
-) -> RunRecord:
+def run_and_report(config: RunConfig, console: Console, ahead: Ahead) -> RunRecord:
     """Run a recipe with progress on ``console``, ending in what was built and where to look.
 
     Args:
         config: The recipe.
         console: Where a person watches.
-        connect: Returns the Prefect server to use.
+        ahead: What was started before.
 
     Raises:
         QLoraError: What went wrong; the same command continues from there.
@@ -37,7 +35,7 @@ def run_and_report(
     begun = datetime.now(UTC).isoformat(timespec="milliseconds")
     try:
         with progress_on(console) as progress:
-            result = run_recipe(config, Surroundings(progress), connect)
+            result = run_recipe(config, Surroundings(progress, waiting=ahead.driver), ahead.connect)
     except QLoraError:
         _show_measured(store, begun, console)
         raise

@@ -8,7 +8,7 @@ no dataclass on purpose: Prefect walks through dataclasses that it is given as a
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar, cast
 
 from prefect import Task
@@ -19,6 +19,7 @@ from qlora_core.artifacts import Artifact, Facts, RegisteredModel
 from qlora_core.backends.memory import SilentProgress
 from qlora_core.backends.mlflow_registry import MlflowRegistry
 from qlora_core.backends.mlflow_tracking import MlflowTracker
+from qlora_core.backends.ray_process import WaitingDriver
 from qlora_core.backends.ray_resources import require_local_room
 from qlora_core.backends.ray_train import RayTrainLauncher
 from qlora_core.config import CustomScorer, QuantizationConfig, RunConfig
@@ -126,6 +127,8 @@ class Surroundings:
     progress: Progress
     launcher: Launcher | None = None
     """Instead of Ray: `InProcessLauncher` in a notebook or a test."""
+    waiting: WaitingDriver = field(default_factory=WaitingDriver)
+    """Of Ray, started ahead."""
 
 
 _surroundings: ContextVar[Surroundings | None] = ContextVar("surroundings", default=None)
@@ -166,7 +169,7 @@ def open_workspace(
     services = Services(
         tracker=tracker,
         registry=_registry(config, tracker),
-        launcher=around.launcher or _ray(config, progress),
+        launcher=around.launcher or _ray(config, progress, around.waiting),
         progress=progress,
     )
     return Workspace(config, Store(places.store_root(config), provenance), services, progress, keep)
@@ -217,7 +220,7 @@ def is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> boo
     return isinstance(error, ConnectionError | TimeoutError)
 
 
-def _ray(config: RunConfig, progress: RunProgress) -> RayTrainLauncher:
+def _ray(config: RunConfig, progress: RunProgress, waiting: WaitingDriver) -> RayTrainLauncher:
     def say(message: str) -> None:
         progress.say("train_adapter", message)
 
@@ -225,7 +228,8 @@ def _ray(config: RunConfig, progress: RunProgress) -> RayTrainLauncher:
         progress.check("train_adapter")
 
     require_workers(config)
-    return RayTrainLauncher(places.cluster(config), config.snapshots, say, check)
+    cluster = places.cluster(config)
+    return RayTrainLauncher(cluster, config.snapshots, say, check, waiting)
 
 
 def _registry(config: RunConfig, tracker: MlflowTracker) -> MlflowRegistry:

@@ -169,7 +169,12 @@ def _plainly(
 
 def _environment(home: Path) -> dict[str, str]:
     kept = {n: v for n, v in os.environ.items() if n not in ("PREFECT_API_URL", "QLORAFLOW_HOME")}
-    quiet = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "QLORAFLOW_HOME": str(home)}
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # as `qlora` sets it; in the plain way as well
+        "PYTHONPATH": str(ROOT),
+        "QLORAFLOW_HOME": str(home),
+    }
     return {**kept, **quiet}
 
 

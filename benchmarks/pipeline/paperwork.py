@@ -78,12 +78,12 @@ def measure(workload: Path, num_steps: int) -> dict[str, Any]:
         job = _job(workload, num_steps, Path(folder))
         launch = next_launch(job.scratch)
         run_worker(job, Alone(), snapshots, launch, torch.device("cpu"), on_step)
-    _, *tell_s = tell.wall_s  # its first word comes before the first step
+    each = slice(1, -1)  # its first word comes before the first step, its last after the last one
     return {
         "step_s": steps,
         "step_cpu_s": [after - before for before, after in pairwise(used)],
-        "desk_s": [a + b for a, b in zip(record.wall_s, tell_s, strict=True)],
-        "desk_cpu_s": [a + b for a, b in zip(record.cpu_s, tell.cpu_s[1:], strict=True)],
+        "desk_s": [a + b for a, b in zip(record.wall_s, tell.wall_s[each], strict=True)],
+        "desk_cpu_s": [a + b for a, b in zip(record.cpu_s, tell.cpu_s[each], strict=True)],
         "snapshot_s": sum(save.wall_s) / len(save.wall_s),
         "snapshot_cpu_s": sum(save.cpu_s) / len(save.cpu_s),
         "snapshot_every_s": snapshots.every_s,

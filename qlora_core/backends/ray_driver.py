@@ -7,7 +7,8 @@ rewritten in place, so a full disk can make it unreadable for good.
 
     python -m qlora_core.backends.ray_driver HOME PIPE    # HOME: a `RayHome` in JSON
 
-The job comes later, as one line on stdin: the path of its `RaySpec`.
+The job comes later, as one line on stdin: the path of its `RaySpec`. On a Ray of our own the
+workers are started before, and import what they need while they wait.
 """
 
 import json
@@ -18,15 +19,16 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
 from uuid import uuid4
 
 import qlora_core
 from qlora_core.backends import process_session
 from qlora_core.backends.ray_resources import WORKER_PROCESS, local_cpus, share_out
-from qlora_core.backends.ray_worker import RayHome, RaySpec, train_on_worker
+from qlora_core.backends.ray_worker import RayHome, RaySpec, WorkerOrder, train_on_worker
+from qlora_core.config import ClusterConfig
 from qlora_core.errors import LaunchError, QLoraError
+from qlora_core.training.durable import replace_durably
 
 _IDLE_S = 180.0
 """How long a Ray without a job is kept. There may come none (another run makes the adapter, say),
@@ -39,53 +41,90 @@ OBJECT_STORE_BYTES = 80_000_000
 def main() -> None:
     """Run the job that comes on stdin; write `{}` or an error's fields to the pipe."""
     home = RayHome.model_validate_json(sys.argv[1])
-    jobs: SimpleQueue[Path] = SimpleQueue()
-    threading.Thread(target=_listen, args=[home, jobs], daemon=True).start()
+    jobs = _Jobs(home)
+    jobs.start()
     outcome: dict[str, str] = {}
     try:
-        _connect(home)
-        _run(jobs.get(timeout=None if home.has_job else _IDLE_S))
-    except Empty:
-        return
+        _run(home, jobs)
     except QLoraError as error:
-        if not home.has_job and jobs.empty():
+        if not home.has_job and jobs.spec is None:
             return  # the next driver will meet the same trouble, and has somebody to tell
         outcome = error.to_json()
     with os.fdopen(int(sys.argv[2]), "w") as pipe:
         pipe.write(json.dumps(outcome))
 
 
-def _listen(home: RayHome, jobs: "SimpleQueue[Path]") -> None:
-    """Pass on the job, and end with the launcher: then our stdin closes, however it ends."""
-    for line in sys.stdin.buffer:
-        jobs.put(Path(os.fsdecode(line.removesuffix(b"\n"))))
-    for pid in process_session.members(os.getsid(0)):
-        if pid != os.getpid():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(home.temp, ignore_errors=True)
-    os._exit(1)
+class _Jobs(threading.Thread):
+    """Hears of the job, and ends the process with its launcher: then stdin closes, however it ends.
+
+    Args:
+        home: What the driver was told.
+    """
+
+    def __init__(self, home: RayHome) -> None:
+        super().__init__(daemon=True)
+        self.spec: RaySpec | None = None
+        self._home = home
+        self._given = threading.Event()
+        self._patience = threading.Timer(_IDLE_S, self._end)
+        self._patience.daemon = True
+
+    def run(self) -> None:
+        """Pass the job on when it comes."""
+        if not self._home.has_job:
+            self._patience.start()
+        try:
+            for line in sys.stdin.buffer:
+                self._patience.cancel()
+                self._pass_on(Path(os.fsdecode(line.removesuffix(b"\n"))))
+        finally:
+            self._end()
+
+    def wait(self) -> RaySpec:
+        """Return the job when it is known."""
+        self._given.wait()
+        assert self.spec is not None  # noqa: S101  # set before the event
+        return self.spec
+
+    def _pass_on(self, file: Path) -> None:
+        text = file.read_bytes()
+        self.spec = RaySpec.model_validate_json(text)
+        with self.spec.log.open("ab") as log:
+            for output in (sys.stdout, sys.stderr):
+                os.dup2(log.fileno(), output.fileno())
+        if self._home.cluster.address is None:
+            replace_durably(self._home.job_file, text)
+        self._given.set()
+
+    def _end(self) -> None:
+        for pid in process_session.members(os.getsid(0)):
+            if pid != os.getpid():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self._home.temp, ignore_errors=True)
+        os._exit(1)
 
 
-def _run(job: Path) -> None:
+def _run(home: RayHome, jobs: _Jobs) -> None:
     import ray
 
-    spec = RaySpec.model_validate_json(job.read_text("utf-8"))
-    with spec.log.open("ab") as log:
-        for output in (sys.stdout, sys.stderr):
-            os.dup2(log.fileno(), output.fileno())
+    _connect(home)
+    is_own = home.cluster.address is None
+    order = WorkerOrder(job_file=home.job_file) if is_own else WorkerOrder(spec=jobs.wait())
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus, gpus = share_out(spec.cluster, nodes)
-        _fit(spec.model_copy(update={"cpus_per_worker": cpus}), gpus)
+        cpus, gpus = share_out(home.cluster, nodes)
+        storage = home.temp / "train" if order.spec is None else order.spec.job.scratch / "ray"
+        error = _fit(home.cluster, order.model_copy(update={"num_threads": cpus}), gpus, storage)
+        if error is not None:
+            raise _outcome(error, home.cluster, jobs.spec.log if jobs.spec else home.log)
     finally:
-        if spec.cluster.address is not None:  # our own is ended by the launcher, which is quicker
+        if not is_own:  # our own is ended by the launcher, which is quicker
             ray.shutdown()
 
 
 def _connect(home: RayHome) -> None:
     import ray
-    import ray.train.torch  # takes seconds, like Ray itself: there may be no job yet
 
     settings: dict[str, Any] = {"log_to_driver": True, "namespace": "qloraflow"}
     if home.cluster.address is None:
@@ -118,35 +157,41 @@ def worker_environment() -> dict[str, str]:
     return wanted | WORKER_PROCESS
 
 
-def _fit(spec: RaySpec, gpus: float) -> None:
+def _fit(
+    cluster: ClusterConfig, order: WorkerOrder, gpus: float, storage: Path
+) -> Exception | None:
+    """Let Ray Train carry out ``order``; return what it could not get over."""
     from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    cpus = order.num_threads
     trainer = TorchTrainer(
         train_on_worker,
-        train_loop_config=spec.model_dump(mode="json"),
+        train_loop_config=order.model_dump(mode="json"),
         torch_config=TorchConfig(timeout_s=300),
         scaling_config=ScalingConfig(
-            num_workers=spec.cluster.workers,
+            num_workers=cluster.workers,
             use_gpu=gpus > 0,
-            resources_per_worker={"CPU": spec.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
+            resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
         ),
         run_config=RunConfig(
-            name=f"{spec.launch}-{uuid4().hex[:8]}",
-            storage_path=str(spec.job.scratch / "ray"),
+            name=uuid4().hex,
+            storage_path=str(storage),
             failure_config=FailureConfig(
-                max_failures=spec.cluster.max_failures, controller_failure_limit=6
+                max_failures=cluster.max_failures, controller_failure_limit=6
             ),
         ),
     )
     try:
         trainer.fit()
     except (TrainingFailedError, RayError) as error:
-        raise _outcome(error, spec) from error
+        failure: Exception = error
+        return failure
+    return None
 
 
-def _outcome(error: Exception, spec: RaySpec) -> QLoraError:
+def _outcome(error: Exception, cluster: ClusterConfig, log: Path) -> QLoraError:
     """Return what a worker raised, if it is final; otherwise that workers were lost too often."""
     for failure in getattr(error, "worker_failures", {}).values():
         cause = getattr(failure, "_base_exc", failure)  # Ray wraps it with its traceback
@@ -154,10 +199,10 @@ def _outcome(error: Exception, spec: RaySpec) -> QLoraError:
             return cause
     first_line = str(error).strip().partition("\n")[0]
     return LaunchError(
-        f"Training was interrupted more than cluster.max_failures={spec.cluster.max_failures} "
+        f"Training was interrupted more than cluster.max_failures={cluster.max_failures} "
         f"times: {type(error).__name__}: {first_line}",
         why="Workers were lost, or could not be started.",
-        fix=f"Run again to go on from the last snapshot. The log: {spec.log}",
+        fix=f"Run again to go on from the last snapshot. The log: {log}",
     )
 
 

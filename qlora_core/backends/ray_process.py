@@ -15,6 +15,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 import qlora_core
 from qlora_core.backends import process_session
@@ -36,6 +37,7 @@ _RAY_SETTINGS = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10",  # 30 s for each restart after a hang
     "RAY_TRAIN_METRICS_ENABLED": "0",  # Prometheus gauges that nobody reads
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers would run in a folder of Ray's
+    "RAY_prestart_worker_first_driver": "0",  # idle processes that nobody here asks for
     "RAY_worker_niceness": "0",  # 15: training would wait for whatever else this machine does
     **WORKER_PROCESS,
 }
@@ -89,6 +91,33 @@ class DriverProcess:
             with suppress(BrokenPipeError):
                 self.process.stdin.close()
         shutil.rmtree(self.home.temp, ignore_errors=True)
+
+
+class WaitingDriver:
+    """Holds a driver that was started before there was a job, until somebody takes it."""
+
+    def __init__(self) -> None:
+        self._drivers: SimpleQueue[DriverProcess] = SimpleQueue()
+
+    def start(self, cluster: ClusterConfig) -> None:
+        """Let one wait, unless one does already or Ray runs elsewhere."""
+        if cluster.address is None and self._drivers.empty():
+            with suppress(OSError):  # no room, say: whoever needs it will meet it, and can tell
+                self._drivers.put(start_driver(cluster))
+
+    def take(self) -> DriverProcess | None:
+        """Return the driver, if one is here that has not met trouble."""
+        with suppress(Empty):
+            driver = self._drivers.get_nowait()
+            if not driver.has_answered():
+                return driver
+            driver.end()  # another one will meet the same trouble, and tell it
+        return None
+
+    def end(self) -> None:
+        """End the driver that nobody took."""
+        if unused := self.take():
+            unused.end()
 
 
 def start_driver(cluster: ClusterConfig, log: Path | None = None) -> DriverProcess:

@@ -11,13 +11,12 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, SimpleQueue
 
 from qlora_core.backends.ray_address import require_ray
-from qlora_core.backends.ray_process import DriverProcess, start_driver
+from qlora_core.backends.ray_process import DriverProcess, WaitingDriver, start_driver
 from qlora_core.backends.ray_resources import require_local_room
 from qlora_core.backends.ray_worker import RaySpec
 from qlora_core.config import ClusterConfig, SnapshotConfig
@@ -40,23 +39,17 @@ class RayTrainLauncher:
     """Told what a person should know, once: a resume, a damaged snapshot, a lost driver."""
     check: Callable[[], None] = lambda: None
     """Called several times a second; what it raises ends training and all of Ray's processes."""
-    _waiting: "SimpleQueue[DriverProcess]" = field(
-        default_factory=SimpleQueue, init=False, repr=False, compare=False
-    )
+    waiting: WaitingDriver = field(default_factory=WaitingDriver, repr=False, compare=False)
+    """A driver that was started ahead of the first job."""
 
     @contextmanager
     def awake(self) -> Iterator[None]:
         """Start a Ray of our own now, for the training that is to come within the block."""
-        if self.cluster.address is not None:
-            yield  # it runs already
-            return
-        with suppress(OSError):  # no room, say: `train` will meet it, where it can be told
-            self._waiting.put(start_driver(self.cluster))
+        self.waiting.start(self.cluster)
         try:
             yield
         finally:
-            if unused := self._taken():
-                unused.end()
+            self.waiting.end()
 
     def train(self, job: TrainJob, on_step: Callable[[StepMetrics], None]) -> None:
         """Run ``job`` to its end, calling ``on_step`` once for each step, in order.
@@ -92,29 +85,17 @@ class RayTrainLauncher:
         """Run one driver; return whether it finished the job, False if it was lost."""
         spec = RaySpec(
             job=job,
-            cluster=self.cluster,
             snapshots=self.snapshots,
             launch=next_launch(job.scratch),
             log=_log_file(job),
         )
-        driver = self._taken() or start_driver(self.cluster, spec.log)
+        driver = self.waiting.take() or start_driver(self.cluster, spec.log)
         try:
             driver.give(spec)
             return _watch(driver, spec, follower, self.check)
         finally:
             driver.end()
             shutil.rmtree(job.scratch / "ray", ignore_errors=True)
-
-    def _taken(self) -> DriverProcess | None:
-        """Return the driver that waits for a job, if there is one and Ray came up for it."""
-        try:
-            driver = self._waiting.get_nowait()
-        except Empty:
-            return None
-        if not driver.has_answered():
-            return driver
-        driver.end()  # another one will meet the same trouble, and tell it
-        return None
 
 
 @dataclass(frozen=True)

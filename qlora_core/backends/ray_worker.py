@@ -6,6 +6,7 @@ again. A lost peer is left to Ray.
 """
 
 import os
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from qlora_core.artifacts import Frozen
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import QLoraError, StoreError, TrainingError
 from qlora_core.ports import TrainJob
+
+_POLL_S = 0.05
 
 
 class RayHome(Frozen):
@@ -27,17 +30,20 @@ class RayHome(Frozen):
     has_job: bool
     """One is waiting; otherwise there may come none."""
 
+    @property
+    def job_file(self) -> Path:
+        """Where workers of a Ray of our own find the job."""
+        return self.temp / "job.json"
+
 
 class RaySpec(Frozen):
     """What the launcher tells the driver, and the driver its workers."""
 
     job: TrainJob
-    cluster: ClusterConfig
     snapshots: SnapshotConfig
     launch: str
     log: Path
     """Where driver and workers write what they say."""
-    cpus_per_worker: int = 1
 
     @property
     def error_file(self) -> Path:
@@ -45,13 +51,35 @@ class RaySpec(Frozen):
         return self.job.scratch / f"error-{self.launch}.json"
 
 
+class WorkerOrder(Frozen):
+    """What the driver tells its workers."""
+
+    spec: RaySpec | None = None
+    job_file: Path | None = None
+    """Where the spec is going to be, if it is not known yet."""
+    num_threads: int = 1
+    """The cores a worker owns."""
+
+    def awaited(self) -> RaySpec:
+        """Return the spec as soon as there is one."""
+        if self.spec is not None:
+            return self.spec
+        assert self.job_file is not None  # noqa: S101  # one of the two is given
+        while not self.job_file.exists():
+            time.sleep(_POLL_S)
+        return RaySpec.model_validate_json(self.job_file.read_text("utf-8"))
+
+
 def train_on_worker(plain: dict[str, Any]) -> None:
     """Run one worker of a Ray Train group."""
-    spec = RaySpec.model_validate(plain)
+    from qlora_core.training import worker  # noqa: F401  # takes seconds: before there is a job
+
+    order = WorkerOrder.model_validate(plain)
+    spec = order.awaited()
     if spec.error_file.exists():  # the launcher is about to end this run
         raise TrainingError(f"This run has failed already; see {spec.error_file}.")
     try:
-        _train(spec)
+        _train(spec, order.num_threads)
     except QLoraError as error:
         if not error.is_transient:
             _leave(spec, error)
@@ -62,7 +90,7 @@ def train_on_worker(plain: dict[str, Any]) -> None:
         raise unknown from error
 
 
-def _train(spec: RaySpec) -> None:
+def _train(spec: RaySpec, num_threads: int) -> None:
     import torch
     from ray.train import get_context
     from ray.train.torch import get_device
@@ -70,7 +98,7 @@ def _train(spec: RaySpec) -> None:
     from qlora_core.training.comm import Alone, Comm, TorchComm
     from qlora_core.training.worker import run_worker
 
-    torch.set_num_threads(spec.cpus_per_worker)
+    torch.set_num_threads(num_threads)
     device = get_device()
     group = get_context()
     comm: Comm = Alone()

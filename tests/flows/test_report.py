@@ -8,10 +8,12 @@ import pytest
 from rich.console import Console
 
 from flows import run
+from flows.ahead import Ahead
 from flows.records import Attempt, RunRecord, open_record
 from flows.report import addresses, runs_table, show_record
 from flows.result import RunResult
 from qlora_core.artifacts import Artifact, EvalReport, Metric
+from qlora_core.backends.ray_process import WaitingDriver
 from qlora_core.config import RunConfig, WorkspaceConfig
 from qlora_core.errors import LaunchError
 
@@ -81,7 +83,7 @@ def test_a_run_that_fails_after_it_was_measured_still_shows_what_was_measured(
     console = Console(width=200)
 
     with console.capture() as capture, pytest.raises(LaunchError):
-        run.run_and_report(config, console, connect=lambda: None)
+        run.run_and_report(config, console, Ahead(lambda: None, WaitingDriver()))
 
     assert "exact_match" in capture.get()
     assert "0.750" in capture.get()
