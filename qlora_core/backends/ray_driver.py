@@ -30,10 +30,6 @@ from qlora_core.config import ClusterConfig
 from qlora_core.errors import LaunchError, QLoraError
 from qlora_core.training.durable import replace_durably
 
-_IDLE_S = 180.0
-"""How long a Ray without a job is kept. There may come none (another run makes the adapter, say),
-and beside a preparation that takes longer than this, starting anew counts for little."""
-
 OBJECT_STORE_BYTES = 80_000_000
 """Nothing big goes through Ray's object store; 75 MiB is the least it takes."""
 
@@ -47,7 +43,7 @@ def main() -> None:
     try:
         _run(home, jobs)
     except QLoraError as error:
-        if not home.has_job and jobs.spec is None:
+        if home.idle_s is not None and jobs.spec is None:
             return  # the next driver will meet the same trouble, and has somebody to tell
         outcome = error.to_json()
     with os.fdopen(int(sys.argv[2]), "w") as pipe:
@@ -66,12 +62,12 @@ class _Jobs(threading.Thread):
         self.spec: RaySpec | None = None
         self._home = home
         self._given = threading.Event()
-        self._patience = threading.Timer(_IDLE_S, self._end)
+        self._patience = threading.Timer(home.idle_s or 0.0, self._end)
         self._patience.daemon = True
 
     def run(self) -> None:
         """Pass the job on when it comes."""
-        if not self._home.has_job:
+        if self._home.idle_s is not None:
             self._patience.start()
         try:
             for line in sys.stdin.buffer:

@@ -24,6 +24,9 @@ from qlora_core.backends.ray_worker import RayHome, RaySpec
 from qlora_core.config import ClusterConfig
 from qlora_core.training.durable import replace_durably
 
+IDLE_S = 180.0
+"""How long a Ray without a job is kept. There may come none (another run makes the adapter, say),
+and beside a preparation that takes longer than this, starting anew counts for little."""
 _PATIENCE_S = 10.0  # with somebody else's Ray, which is told that we leave; ours keeps nothing
 
 # Measured with Ray 2.60: what each default costs is in the comment.
@@ -120,15 +123,20 @@ class WaitingDriver:
             unused.end()
 
 
-def start_driver(cluster: ClusterConfig, log: Path | None = None) -> DriverProcess:
+def start_driver(
+    cluster: ClusterConfig, log: Path | None = None, idle_s: float = IDLE_S
+) -> DriverProcess:
     """Start a driver; it connects to Ray, or starts one, and waits for its job.
 
     Args:
         cluster: Which Ray, and how large.
-        log: Where it and Ray write what they say until there is a job; none: a file of its own.
+        log: Of the job that is waiting; none: there may come one, or none.
+        idle_s: How long it waits for a job that may come.
     """
     temp = Path(tempfile.mkdtemp(prefix="ql-", dir=_short_folder()))
-    home = RayHome(cluster=cluster, temp=temp, log=log or temp / "driver.log", has_job=bool(log))
+    home = RayHome(
+        cluster=cluster, temp=temp, log=log or temp / "driver.log", idle_s=None if log else idle_s
+    )
     pipe, far_end = os.pipe()
     os.set_blocking(pipe, False)
     try:

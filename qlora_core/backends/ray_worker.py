@@ -27,8 +27,8 @@ class RayHome(Frozen):
     """Where a Ray started by the driver keeps its sockets and logs; its path is short."""
     log: Path
     """Where the driver writes what it says until it has a job."""
-    has_job: bool
-    """One is waiting; otherwise there may come none."""
+    idle_s: float | None
+    """How long to wait for a job; none: one is waiting already."""
 
     @property
     def job_file(self) -> Path:

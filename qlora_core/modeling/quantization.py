@@ -68,20 +68,12 @@ def quantize_model(
         ConfigError: `quantization.skip` names a module that is not there.
         ModelError: A weight is not finite, or the model has no linear layer.
     """
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    chosen, left_whole = layers_to_quantize(model, config)
-    num_stacked = _num_stacked(model)
-    errors: dict[str, float] = {}
-    num_quantized = 0
-    for done, name in enumerate(chosen, start=1):
-        layer: Any = model.get_submodule(name)
-        num_quantized += layer.weight.numel()
-        own = dict(layer.named_parameters(recurse=False))
-        made, errors[name] = _quantized(name, layer, own, config, compute_dtype)
-        model.set_submodule(name, made)
-        on_layer(done, len(chosen), name)
-    _describe(model, config, compute_dtype, is_quantized=bool(chosen))
-    return Quantized(errors, num_parameters, num_quantized, left_whole, num_stacked)
+    quantizer = _Quantizer(model, config, compute_dtype, on_layer)
+    for name in quantizer.chosen:
+        own = dict(model.get_submodule(name).named_parameters(recurse=False))
+        model.set_submodule(name, quantizer.quantized(name, own))
+        quantizer.tell(name)
+    return quantizer.result()
 
 
 def quantize_streamed(
@@ -109,11 +101,7 @@ def quantize_streamed(
         ConfigError: `quantization.skip` names a module that is not there.
         ModelError: A weight is not finite, or the model has no linear layer.
     """
-    num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    chosen, left_whole = layers_to_quantize(skeleton, config)
-    num_stacked = _num_stacked(skeleton)
-    errors: dict[str, float] = {}
-    num_quantized = 0
+    quantizer = _Quantizer(skeleton, config, compute_dtype, on_layer)
     names = set(ModelWeights(skeleton).infos())  # tied weights once
     stream = Stream()
     for module_name, module in list(skeleton.named_modules()):
@@ -126,21 +114,65 @@ def quantize_streamed(
         buffers = {prefix + name for name, _ in module.named_buffers(recurse=False)} & names
         own = {name: weights.read(name).to(dtype) for name, dtype in kinds.items()}
         stream.passed(sum(tensor.nbytes for tensor in own.values()))
-        if module_name in chosen:
-            num_quantized += own[f"{prefix}weight"].numel()
+        if module_name in quantizer.chosen:
             plain = {name.removeprefix(prefix): tensor for name, tensor in own.items()}
-            layer, error = _quantized(module_name, module, plain, config, compute_dtype)
-            errors[module_name] = error
-            own = layer.state_dict(prefix=prefix)
+            own = quantizer.quantized(module_name, plain).state_dict(prefix=prefix)
             skeleton.set_submodule(module_name, nn.Identity())
-            on_layer(len(errors), len(chosen), module_name)
+            quantizer.tell(module_name)
         else:
             own = {name: _as_computed(tensor, compute_dtype) for name, tensor in own.items()}
         own |= {name: weights.read(name) for name in buffers}  # in the dtype they are stored in
         for name, tensor in own.items():
             spool.add(name, tensor)
-    _describe(skeleton, config, compute_dtype, is_quantized=bool(chosen))
-    return Quantized(errors, num_parameters, num_quantized, left_whole, num_stacked)
+    return quantizer.result()
+
+
+class _Quantizer:
+    """Quantises one layer after the other, and counts.
+
+    Args:
+        model: Whole, or a skeleton on the meta device.
+        config: What to quantise, and how.
+        compute_dtype: What it is dequantised to.
+        on_layer: Called by `tell`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: QuantizationConfig,
+        compute_dtype: torch.dtype,
+        on_layer: OnLayer,
+    ) -> None:
+        self.chosen, self._left_whole = layers_to_quantize(model, config)
+        self._model, self._config, self._compute_dtype = model, config, compute_dtype
+        self._on_layer = on_layer
+        self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._num_stacked = _num_stacked(model)
+        self._num_quantized = 0
+        self._errors: dict[str, float] = {}
+
+    def quantized(self, name: str, own: Mapping[str, Tensor]) -> nn.Module:
+        """Return what shall take the place of the layer ``name``, whose tensors are ``own``."""
+        layer = self._model.get_submodule(name)
+        made, self._errors[name] = _quantized(name, layer, own, self._config, self._compute_dtype)
+        self._num_quantized += own["weight"].numel()
+        return made
+
+    def tell(self, name: str) -> None:
+        """Say that the layer ``name`` is done."""
+        self._on_layer(len(self._errors), len(self.chosen), name)
+
+    def result(self) -> Quantized:
+        """Note in the model how it is stored now; return what was done."""
+        _describe(self._model, self._config, self._compute_dtype, is_quantized=bool(self.chosen))
+        return Quantized(
+            layer_errors=self._errors,
+            num_parameters=self._num_parameters,
+            num_quantized_parameters=self._num_quantized,
+            left_whole=self._left_whole,
+            num_stacked_parameters=self._num_stacked,
+        )
 
 
 def _as_computed(tensor: Tensor, compute_dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ import pytest
 from qlora_core.backends import process_session
 from qlora_core.backends.in_process import InProcessLauncher
 from qlora_core.backends.ray_address import require_ray
+from qlora_core.backends.ray_process import start_driver
 from qlora_core.backends.ray_train import RayTrainLauncher
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import ResourceError, TrainingError, UserError
@@ -161,6 +162,21 @@ def test_a_ray_that_died_while_it_waited_is_started_again(make_job):
     assert steps
     assert said == []
     assert ours() == []
+
+
+@pytest.mark.ray
+def test_a_ray_that_waited_in_vain_ends_by_itself():
+    driver = start_driver(ClusterConfig(), idle_s=3.0)
+    deadline = time.monotonic() + 60
+
+    while not driver.has_answered():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+    assert driver.outcome() is None
+    assert not driver.home.temp.exists()
+    assert ours("raylet") == []
+    driver.end()
 
 
 def wait_for_ray(driver: psutil.Process) -> None:
