@@ -2,7 +2,7 @@
 #   make demo    fine-tune a real model on embedded defaults, from data to registered model
 #   make test    the test suite
 #   make check   format, lint, types, import contracts
-#   make bench   training speed against other tools, each in an environment of its own; 45 minutes
+#   make bench   training speed against other tools, each in an environment of its own; an hour
 #   make bench-gpu   the same on a CUDA GPU, models of real shapes with random weights
 #   make bench-pipeline   everything of a run but training: start, data, merging, orchestration
 #   make bench-quality   what 4 bits cost on examples/e2e, before and after training; hours

@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.record import as_stated, found_gsm8k, say, store
-from benchmarks.training.gauge import versions
+from benchmarks.record import as_stated, found_gsm8k, say, store, versions
 from benchmarks.training.making import Wish, found_workload
 from benchmarks.training.workload import open_workload
 from qlora_core.artifacts import AdapterCheckpoint

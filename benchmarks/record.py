@@ -4,6 +4,7 @@ Nothing but the standard library is imported here, as peers' environments read i
 """
 
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -22,6 +23,23 @@ _FOLDERS = re.compile(r"(?<![\w.~>/-])/(?:[^\s/'\"<>|:;,]+/)+")
 """What comes before a file's name in an absolute path."""
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 """What decides whether float32 or bfloat16 is the faster one on a CPU."""
+
+
+_PACKAGES = (
+    "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "llamafactory", "unsloth",
+    "axolotl", "triton", "liger-kernel", "pydantic", "numpy",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that matter, as far as they are installed."""
+    found = {"python": sys.version.split()[0]}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def say(text: str) -> None:

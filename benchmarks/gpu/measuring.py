@@ -1,8 +1,6 @@
 """What a process measures and reports: speed, memory, and how it was done."""
 
-import importlib.metadata
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,11 +10,6 @@ import torch
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.processes import MARK
 from qlora_core.training.memory import peak_memory_bytes
-
-_PACKAGES = (
-    "torch", "transformers", "peft", "bitsandbytes", "triton", "liger-kernel", "accelerate", "trl",
-    "pydantic", "numpy",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,17 +126,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
             torch.mm(left, right, out=out)
         best = max(best, 2.0 * size**3 * num_products / (_now(device) - start))
     return best
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that matter, as far as they are installed."""
-    found = {"python": sys.version.split()[0]}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _now(device: torch.device) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.needs import OF_TRL, missing, missing_of
 from benchmarks.gpu.processes import MARK, TOO_LARGE
+from benchmarks.record import versions
 
 SYSTEMS = {"ours": "ours", "plain": "plain", "trl": "trl_sft"}
 
@@ -37,7 +38,7 @@ def _probe(case: Case) -> None:
         return
     import torch
 
-    from benchmarks.gpu.measuring import matrix_rate, versions
+    from benchmarks.gpu.measuring import matrix_rate
 
     device = torch.device(case.device)
     has_cuda = torch.cuda.is_available()

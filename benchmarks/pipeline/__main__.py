@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pipeline import orchestration, preparation, starting, streaming
-from benchmarks.record import WORK, as_stated, found_gsm8k, say, store
+from benchmarks.record import WORK, as_stated, found_gsm8k, say, store, versions
 from benchmarks.training.environments import FAMILIES, Environments
-from benchmarks.training.gauge import versions
 from benchmarks.training.making import Wish, found_workload
 from benchmarks.training.summary import Spread
 

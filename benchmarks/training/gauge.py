@@ -6,7 +6,6 @@ end of the last warm-up step to the end of the last step. CPU seconds are those 
 the process: on a shared machine they are stable, where wall time is not.
 """
 
-import importlib.metadata
 import json
 import resource
 import sys
@@ -15,14 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import versions
 from benchmarks.training.workload import IGNORED
 
 MARK = "MEASURED "
 """The line of a system's output that begins with it is its measurement."""
-_PACKAGES = (
-    "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "llamafactory",
-    "unsloth", "axolotl",
-)  # fmt: skip
 
 
 @dataclass
@@ -174,14 +170,3 @@ def peak_memory_bytes() -> int:
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that matter, as far as they are installed."""
-    found = {"python": sys.version.split()[0]}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -1,4 +1,5 @@
 import math
+import threading
 
 import pytest
 import torch
@@ -108,6 +109,38 @@ def test_lanes_change_the_curve_by_no_more_than_rounding_and_are_repeatable(num_
     assert (make_job("lanes").out / "adapter_model.safetensors").read_bytes() == (
         make_job("again").out / "adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_lanes_leave_the_number_of_threads_as_it_was_for_later_threads_too(make_job):
+    torch.set_num_threads(2)
+    curve(make_job())
+    found = []
+
+    later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+
+    assert found == [2]
+
+
+def test_packing_that_has_no_memory_for_the_longest_rows_is_tried_on_the_shortest(
+    make_job, monkeypatch
+):
+    real, tried = LossFunction._difference, []
+
+    def short_of_memory(self, rows, chunk, device):
+        tried.append(int(rows.lengths[chunk].max()))
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("too long")
+        return real(self, rows, chunk, device)
+
+    monkeypatch.setattr(LossFunction, "_difference", short_of_memory)
+    job = make_job()
+
+    curve(job)
+
+    assert tried[1] < tried[0]
+    assert not any("padded" in note for note in facts_of(job).notes)
 
 
 def test_an_error_in_a_lane_is_the_trainings_error(broken_base, make_job):

@@ -2,7 +2,7 @@ import psutil
 import pytest
 import torch
 
-from qlora_core.training.memory import free_bytes, is_out_of_memory, memory_for_worker
+from qlora_core.training.memory import free_bytes, is_out_of_memory, memory_for_worker, total_bytes
 
 CPU = torch.device("cpu")
 
@@ -41,3 +41,17 @@ def test_want_of_memory_is_told_from_other_failures_on_a_cpu_too():
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not is_out_of_memory(RuntimeError("size mismatch"))
+
+
+@pytest.mark.parametrize(
+    "said", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"]
+)
+def test_want_of_memory_is_known_by_what_other_libraries_say(said):
+    assert is_out_of_memory(RuntimeError(said))
+    assert not is_out_of_memory(RuntimeError("CUDA error: invalid argument"))
+
+
+def test_a_container_has_what_it_may_use_and_not_what_the_machine_has(tmp_path):
+    assert total_bytes(container(tmp_path, "10000\n")) == 10_000
+    assert total_bytes(container(tmp_path, "max\n")) == psutil.virtual_memory().total
+    assert total_bytes(tmp_path / "nowhere") == psutil.virtual_memory().total
