@@ -314,19 +314,47 @@ class WorkspaceConfig(Runtime):
     """MLflow experiment; none: the recipe's name."""
 
 
+class WorkerRange(Runtime):
+    """A number of workers that follows what the cluster has."""
+
+    min: int = Field(gt=0)
+    """With fewer, training waits."""
+    max: int = Field(gt=0)
+    """More are not asked for."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is more than max={self.max}; try min={self.max}.")
+        return self
+
+
 class ClusterConfig(Runtime):
     """Where training runs."""
 
     address: str | None = None
     """A running Ray (`host:6379`, `ray://host:10001`, `auto`); none: a Ray started by the run."""
-    workers: int = Field(1, gt=0)
-    """Number of training workers."""
+    workers: Annotated[int, Field(gt=0)] | WorkerRange = 1
+    """Number of training workers; `{min: 1, max: 8}` follows the nodes that come and go. The result
+    is the same with any number."""
+    resize_every_s: float = Field(60.0, gt=0)
+    """With a range of workers: how often more of them may join, which pauses training."""
     cpus_per_worker: int | None = Field(None, gt=0)
     """CPU cores a worker owns; none: this machine's cores shared out among the workers."""
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs a worker owns; none: 1 where the cluster has GPUs, else 0."""
     max_failures: int = Field(5, ge=0)
     """How often training restarts from its last snapshot after losing a worker."""
+
+    @property
+    def min_workers(self) -> int:
+        """With fewer, training waits."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def max_workers(self) -> int:
+        """More are not asked for."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
 
 
 class SnapshotConfig(Runtime):

@@ -243,7 +243,7 @@ def _room(
             training=config.training,
             device=device.kind,
             compute_dtype=device.compute_dtype,
-            world_size=config.cluster.workers,
+            world_size=config.cluster.min_workers,
             num_lanes=1 if draws or device.kind == "cuda" else num_cores,
             rows=known,
             max_length=longest,
@@ -254,7 +254,7 @@ def _room(
 
 
 def _sharing(config: RunConfig, device: Device) -> int:
-    return config.cluster.workers if device.kind == "cpu" else 1
+    return config.cluster.max_workers if device.kind == "cpu" else 1
 
 
 def _estimates(config: RunConfig, shape: Shape, room: Room) -> tuple[MemoryEstimate, ...]:

@@ -167,7 +167,8 @@ def _fit(
         train_loop_config=order.model_dump(mode="json"),
         torch_config=TorchConfig(timeout_s=300),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
+            num_workers=_num_workers(cluster),
+            elastic_resize_monitor_interval_s=cluster.resize_every_s,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
         ),
@@ -185,6 +186,11 @@ def _fit(
         failure: Exception = error
         return failure
     return None
+
+
+def _num_workers(cluster: ClusterConfig) -> int | tuple[int, int]:
+    workers = cluster.workers
+    return workers if isinstance(workers, int) else (workers.min, workers.max)
 
 
 def _outcome(error: Exception, cluster: ClusterConfig, log: Path) -> QLoraError:

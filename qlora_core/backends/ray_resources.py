@@ -34,7 +34,7 @@ def local_cpus(cluster: ClusterConfig) -> int:
     So everything can be tried out anywhere; more workers than cores would only fill the memory.
     """
     is_told = cluster.cpus_per_worker is not None
-    return own_cores() if is_told else max(own_cores(), min(cluster.workers, 2))
+    return own_cores() if is_told else max(own_cores(), min(cluster.max_workers, 2))
 
 
 def cores_of_worker(cluster: ClusterConfig) -> int:
@@ -55,6 +55,8 @@ def require_local_room(cluster: ClusterConfig) -> None:
 def share_out(cluster: ClusterConfig, nodes: list[Node]) -> tuple[int, float]:
     """Return (cpus, gpus) of each worker: what was asked for, else as many CPUs as fit.
 
+    Of a range of workers, as many as there is room for share out the cores.
+
     Raises:
         ResourceError: The nodes cannot hold so many workers of that size.
     """
@@ -62,8 +64,10 @@ def share_out(cluster: ClusterConfig, nodes: list[Node]) -> tuple[int, float]:
     gpus = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(has_gpus)
     most = int(max((node.get("CPU", 0) for node in nodes), default=0))
     wanted = [cluster.cpus_per_worker] if cluster.cpus_per_worker else range(most, 0, -1)
+    room = _places(nodes, cluster.cpus_per_worker or 1, gpus)
+    num_workers = max(cluster.min_workers, min(cluster.max_workers, room))
     for cpus in wanted:
-        if _places(nodes, cpus, gpus) >= cluster.workers:
+        if _places(nodes, cpus, gpus) >= num_workers:
             return cpus, gpus
     raise _too_little(cluster, nodes, cluster.cpus_per_worker or 1, gpus)
 
@@ -75,11 +79,16 @@ def _too_little(cluster: ClusterConfig, nodes: list[Node], cpus: int, gpus: floa
     if gpus or cpus > 1:
         ways.append("smaller workers (cluster.cpus_per_worker, cluster.gpus_per_worker)")
     return ResourceError(
-        f"cluster.workers={cluster.workers} with {cpus} CPU and {gpus:g} GPU each do not fit: "
+        f"cluster.workers={_asked(cluster)} with {cpus} CPU and {gpus:g} GPU each do not fit: "
         f"there is room for {places}.",
         why=f"The nodes have: {there or 'nothing'}.",
         fix=f"Try {' or '.join(ways)}." if ways else "Add a node to the cluster.",
     )
+
+
+def _asked(cluster: ClusterConfig) -> str:
+    workers = cluster.workers
+    return str(workers) if isinstance(workers, int) else f"{{min: {workers.min}, max: {workers.max}}}"
 
 
 def _places(nodes: list[Node], cpus: int, gpus: float) -> int:

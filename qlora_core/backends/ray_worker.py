@@ -96,6 +96,7 @@ def _train(spec: RaySpec, num_threads: int) -> None:
     from ray.train.torch import get_device
 
     from qlora_core.training.comm import Alone, Comm, TorchComm
+    from qlora_core.training.lookout import Lookout, never
     from qlora_core.training.worker import run_worker
 
     torch.set_num_threads(num_threads)
@@ -104,7 +105,19 @@ def _train(spec: RaySpec, num_threads: int) -> None:
     comm: Comm = Alone()
     if group.get_world_size() > 1:
         comm = TorchComm(device, group.get_local_world_size())
-    run_worker(spec.job, comm, spec.snapshots, spec.launch, device)
+    lookout = Lookout(_is_preempted if is_preemption_watched() else never)
+    run_worker(spec.job, comm, spec.snapshots, spec.launch, device, lookout=lookout)
+
+
+def is_preemption_watched() -> bool:
+    """Say whether Ray looks out for nodes that are taken away; on a machine of our own none is."""
+    return os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
+
+
+def _is_preempted() -> bool:
+    from ray.train import get_preemption_info
+
+    return get_preemption_info() is not None
 
 
 def _leave(spec: RaySpec, error: QLoraError) -> None:

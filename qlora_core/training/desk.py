@@ -10,6 +10,7 @@ from qlora_core.modeling.lora import save_adapter
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.attempt import Attempt, claim, read_record
 from qlora_core.training.durable import replace_durably
+from qlora_core.training.incidents import Incident, note
 from qlora_core.training.journal import JOURNAL_FILE, Journal, write_curve
 from qlora_core.training.loop import Position, Run, keep_best
 from qlora_core.training.optimizer import state_of
@@ -50,11 +51,23 @@ class Desk:
     _num_notes_written: int = field(default=0, init=False)
     _num_steps_told: int = field(default=0, init=False)
 
-    def record(self, metrics: StepMetrics, position: Position) -> None:
-        """Note one step; save if it is time to, and at the end in any case."""
+    def record(
+        self, metrics: StepMetrics, position: Position, *, is_urgent: bool = False
+    ) -> None:
+        """Note one step; save if it is time to or urgent, and at the end in any case."""
         self.journal.append(metrics)
+        if is_urgent:
+            told = Incident(
+                kind="preemption",
+                what="A node will be taken away.",
+                remedy="saved at once",
+                step=position.step,
+                launch=self.attempt.token,
+            )
+            note(self.job.scratch, told)
+            self.notes.append(told.sentence())
         is_end = position.step == self.run.plan.num_steps or position.stopped_early
-        if not is_end and not self.writer.is_due(position.step):
+        if not is_end and not is_urgent and not self.writer.is_due(position.step):
             return
         self.writer.save(
             TrainingState(

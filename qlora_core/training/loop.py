@@ -83,6 +83,8 @@ class Run:
     room: Room
     gradients: FlatGradients
     lanes: Lanes = Lanes()  # noqa: RUF009  # frozen
+    calls: Callable[[], bool] = lambda: False
+    """Says whether all workers shall look up after this step (`lookout`)."""
     forget: Callable[[], None] = lambda: None
     """Lets go of what a pass that ran out of memory has left in the model."""
 
@@ -161,6 +163,7 @@ def _add_up_gradients(run: Run, step: int) -> int:
                 run.gradients.add(part.gradients)
                 run.gradients.loss.add_(part.loss)
                 run.gradients.num_computed.add_(part.num_tokens)
+    run.gradients.calls.fill_(float(run.calls()))
     run.comm.all_reduce_sum(run.gradients.message)
     if weight != 1 / num_supervised:
         run.gradients.multiply(1 / (num_supervised * weight))

@@ -1,8 +1,8 @@
 """Gradients as one vector, and AdamW on the float32 adapter.
 
 Gradients are added into views of one flat vector. So adding up over workers is one collective, and
-the global norm is one reduction. Two more places at its end let
-the step's loss and the tokens computed travel along.
+the global norm is one reduction. Three more places at its end let
+the step's loss, the tokens computed and a call to all workers travel along.
 
 Dims: P trainable parameters, all tensors together.
 Source: Loshchilov & Hutter 2019, arXiv:1711.05101; Dettmers et al. 2022, arXiv:2110.02861 (8-bit).
@@ -31,8 +31,8 @@ class FlatGradients:
     def __init__(self, parameters: Parameters) -> None:
         owners = list(parameters.values())
         size = sum(owner.numel() for owner in owners)
-        self._all = torch.zeros(size + 2, dtype=torch.float32, device=owners[0].device)
-        self.flat_P, self.loss, self.num_computed = self._all[:-2], self._all[-2], self._all[-1]
+        self._all = torch.zeros(size + 3, dtype=torch.float32, device=owners[0].device)
+        self.flat_P, (self.loss, self.num_computed, self.calls) = self._all[:-3], self._all[-3:]
         parts = torch.split(self.flat_P, [owner.numel() for owner in owners])
         self._views = [part.view_as(owner) for part, owner in zip(parts, owners, strict=True)]
         for owner, view in zip(owners, self._views, strict=True):
@@ -40,7 +40,7 @@ class FlatGradients:
 
     @property
     def message(self) -> Tensor:
-        """(P + 2,) what workers add up: gradients, then the loss, then tokens computed."""
+        """(P + 3,) what workers add up: gradients, loss, tokens computed, calls."""
         return self._all
 
     def zero(self) -> None:
@@ -56,7 +56,7 @@ class FlatGradients:
 
     def multiply(self, factor: float) -> None:
         """Multiply gradients and loss."""
-        self._all[:-1].mul_(factor)
+        self._all[:-2].mul_(factor)
 
     def clip(self, max_norm: float) -> float:
         """Scale the gradients down to a global norm of ``max_norm``; return the norm before."""

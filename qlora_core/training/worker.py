@@ -35,6 +35,7 @@ from qlora_core.training.batching import Plan, plan_training
 from qlora_core.training.comm import Comm
 from qlora_core.training.desk import LastWord, job_fingerprint, open_desk
 from qlora_core.training.lanes import open_lanes
+from qlora_core.training.lookout import Lookout
 from qlora_core.training.loop import Position, Run, train
 from qlora_core.training.memory import is_out_of_memory, memory_for_worker, peak_memory_bytes
 from qlora_core.training.objective import LossFunction
@@ -53,6 +54,7 @@ def run_worker(
     launch: str,
     device: torch.device,
     on_step: Callable[[StepMetrics], None] = ignore,
+    lookout: Lookout | None = None,
 ) -> None:
     """Train to the end, going on from the newest valid snapshot if there is one.
 
@@ -63,6 +65,7 @@ def run_worker(
         launch: Name of this launch, from `attempt.next_launch`.
         device: Where this worker's model lives.
         on_step: Called on rank 0 for each step, those of earlier attempts first.
+        lookout: Looks out for nodes that will be taken away; all workers have one, or none has.
 
     Raises:
         TrainingError: The loss or a gradient is not finite.
@@ -71,6 +74,7 @@ def run_worker(
         LaunchError: A newer attempt has taken over, or other workers are gone.
     """
     notes: list[str] = []
+    lookout = lookout or Lookout()
     with _memory_errors():
         run = _prepare(job, comm, device, notes)
         position, steps = _go_on(run, job, notes)
@@ -78,9 +82,10 @@ def run_worker(
             desk = open_desk(run, job, snapshots, launch, position.step, steps, notes)
             desk.tell(on_step)
         with fast_paths(run) as fast:
-            for metrics in train(fast, position):
+            for metrics in train(replace(fast, calls=lookout.calls), position):
+                is_urgent = bool(fast.gradients.calls) and lookout.is_urgent()
                 if comm.rank == 0:
-                    desk.record(metrics, position)
+                    desk.record(metrics, position, is_urgent=is_urgent)
                     desk.tell(on_step)
     words = comm.gather(_last_word(run).model_dump())
     if comm.rank == 0:
