@@ -6,6 +6,8 @@
 #   make bench-gpu   the same on a CUDA GPU, models of real shapes with random weights
 #   make bench-pipeline   everything of a run but training: start, data, merging, orchestration
 #   make bench-quality   what 4 bits cost on examples/e2e, before and after training; hours
+#   make bench-scale   1, 2 and 4 workers at a fixed work for each, and a projection
+#   make chaos   faults let loose on trainings and flows, many times each; hours
 # The first call makes .venv; later ones start at once. Another Python: make PYTHON=python3.12 test
 
 SHELL := /bin/bash
@@ -19,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-fast check bench bench-gpu bench-pipeline bench-quality format clean env
+.PHONY: demo test test-fast check bench bench-gpu bench-pipeline bench-quality bench-scale chaos format clean env
 
 env: $(READY)
 
@@ -72,6 +74,14 @@ bench-pipeline: $(READY)
 # options: make bench-quality BENCH="--data FOLDER --seeds 0,1"
 bench-quality: $(READY)
 	@$(BIN)/python -m benchmarks.quality $(BENCH)
+
+# options: make bench-scale BENCH="--workers 1,2 --rounds 1"
+bench-scale: $(READY)
+	@$(BIN)/python -m benchmarks.scale $(BENCH)
+
+# options: make chaos BENCH="--faults kill-worker,cut-network --times 2"; see docs/reliability.md
+chaos: $(READY)
+	@$(BIN)/python -m tests.chaos $(BENCH)
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -115,7 +115,7 @@ class SnapshotWriter:
             LaunchError: A newer attempt has taken over.
         """
         self._attempt.require_current()
-        name = f"step_{state.position.step:08d}-{self._attempt.token}"
+        name = _name(state.position.step, self._attempt.token)
         hidden = self._root / f".{name}.tmp"
         shutil.rmtree(hidden, ignore_errors=True)
         try:
@@ -138,6 +138,10 @@ class SnapshotWriter:
         older = [folder for folder in snapshots_in(self._root) if folder != newest]
         for folder in [*older[self._config.keep - 1 :], *self._root.glob(".step_*.tmp")]:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _name(step: int, attempt: str) -> str:
+    return f"step_{step:08d}-{attempt}"
 
 
 def snapshots_in(root: Path) -> list[Path]:
@@ -165,6 +169,8 @@ def damage(folder: Path, job: str) -> str | None:
         return f"its {MANIFEST_FILE} is missing or damaged"
     if manifest.schema_version != SCHEMA or manifest.job != job:
         return "it belongs to another job or another version of this program"
+    if folder.name != _name(manifest.step, manifest.attempt):
+        return f"its {MANIFEST_FILE} is damaged, or another snapshot's"
     for file in manifest.files:
         path = folder / file.name
         if not path.is_file():

@@ -224,6 +224,17 @@ def test_a_snapshot_of_another_job_is_not_used(make_job):
     assert "another job" in problem
 
 
+@pytest.mark.parametrize(("true", "false"), [('"step": 2', '"step": 6'), ("0001.1", "0000.1")])
+def test_a_snapshot_whose_manifest_says_another_step_or_attempt_is_damaged(true, false, make_job):
+    job = make_job()
+    run(job, kill_after=3)
+    folder = snapshots_in(job.scratch / FOLDER)[0]
+    manifest = folder / "MANIFEST.json"
+    manifest.write_text(manifest.read_text().replace(true, false))
+
+    assert "MANIFEST.json is damaged" in damage(folder, job_fingerprint(job))
+
+
 def test_a_stale_attempt_stops_before_it_writes(make_job):
     job = make_job()
     launch = next_launch(job.scratch)
