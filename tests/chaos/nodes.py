@@ -215,7 +215,7 @@ def _interrupted(
             train_on_ray(job, watch, workers=workers, address=cluster.address)
             break
         except LaunchError:
-            cluster.wait_for(sum(node.process.poll() is None for node in cluster.nodes))
+            require_ray(cluster.address, patience_s=_START_S)
     return verdict(job, watch, place.undisturbed(2), exactly=exactly)
 
 
