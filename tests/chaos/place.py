@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
+
 from qlora_core.backends.in_process import InProcessLauncher
 from qlora_core.backends.ray_train import RayTrainLauncher
 from qlora_core.config import (
@@ -143,6 +145,8 @@ class Place:
 def open_place() -> Iterator[Place]:
     """Make a place in a temporary folder; all of it is gone afterwards."""
     with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # tiny products are quicker so, above all on a busy machine
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-"))
         yield Place(Path(folder), stack)
 

@@ -137,6 +137,7 @@ def _untracked(
     assert watch.broken_at is not None
     time.sleep(max(0.0, watch.broken_at + away_s - time.monotonic()))
     mends()
+    server.wait()
     begun = time.monotonic()
     report = tracker.close("FINISHED", timeout_s=_DELIVERY_S)
     problems = (
