@@ -23,6 +23,7 @@ from qlora_core.errors import DataError, ModelError, ResourceError
 from qlora_core.modeling.dense import dense_weights
 from qlora_core.modeling.dtypes import compute_dtype_name
 from qlora_core.modeling.fusing import fused
+from qlora_core.modeling.heap import give_back_at_once
 from qlora_core.modeling.kernels import find_kernels, sizes_of
 from qlora_core.modeling.loading import load_base, quiet
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
@@ -136,7 +137,7 @@ def assemble(
     if device.type == "cuda":  # what trying took says nothing of training
         torch.cuda.reset_peak_memory_stats(device)
     room = _find_room(job, _shape(model, job), comm, train_rows, loss, device)
-    _set_checkpointing(model, job, room.recompute)
+    _set_checkpointing(model, job, room.recompute, device)
     parameters = trainable_parameters(model)
     return Run(
         model=model,
@@ -195,7 +196,9 @@ def _find_room(
     return room
 
 
-def _set_checkpointing(model: PeftModel, job: TrainJob, recompute: Recompute) -> None:
+def _set_checkpointing(
+    model: PeftModel, job: TrainJob, recompute: Recompute, device: torch.device
+) -> None:
     if recompute == "nothing":
         return
     if not model.supports_gradient_checkpointing:
@@ -205,6 +208,8 @@ def _set_checkpointing(model: PeftModel, job: TrainJob, recompute: Recompute) ->
         )
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
+    if device.type == "cpu":  # kept inputs between short-lived tensors make a heap of mostly holes
+        give_back_at_once()
 
 
 def _go_on(run: Run, job: TrainJob, notes: list[str]) -> tuple[Position, list[StepMetrics]]:
