@@ -27,7 +27,7 @@ print(before - resident())
 
 
 def _given_back(way: str) -> int:
-    """Return the bytes that leave a process set up as a worker when half of its tensors are freed."""
+    """Return the bytes that leave a process like a worker when half of its tensors are freed."""
     command = [sys.executable, "-c", _PROGRAM, way]
     environment = {**os.environ, **WORKER_PROCESS}
     told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
