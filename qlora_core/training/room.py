@@ -35,6 +35,8 @@ from qlora_core.training.collation import common_prefix
 
 RUNTIME_BYTES = 950_000_000
 """Resident memory of a worker on a CPU without a model: Python, torch, transformers, Ray."""
+LEAN_RUNTIME_BYTES = 800_000_000
+"""The same where freed memory is given back at once (`modeling.heap`): with recomputing."""
 USABLE = 0.9
 """Of a device: the rest goes to fragmentation, and to others."""
 
@@ -67,6 +69,7 @@ class Demand:
         max_length: Tokens of the longest row, where rows are not known.
         is_packed: Rows lie end to end.
         shares_prefix: What all rows of a lane begin with is computed once.
+        num_halvings: How often a pass has turned out to be too large before.
     """
 
     shape: Shape
@@ -81,6 +84,12 @@ class Demand:
     max_length: int = 0
     is_packed: bool = True
     shares_prefix: bool = False
+    num_halvings: int = 0
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of a pass, at most."""
+        return max(1, self.training.micro_batch >> self.num_halvings)
 
     def workload(self, num_rows: int, recompute: Recompute) -> Workload:
         """Return the largest pass of at most ``num_rows`` rows."""
@@ -96,8 +105,13 @@ class Demand:
             num_lanes=min(self.num_lanes, len(chunk.lengths)),
             chunk_bytes=GPU_CHUNK_BYTES if self.device == "cuda" else CHUNK_BYTES,
             dense_budget_bytes=kept if isinstance(kept, int) else 0,
-            runtime_bytes=RUNTIME_BYTES if self.device == "cpu" else 0,
+            runtime_bytes=self._runtime_bytes(recompute),
         )
+
+    def _runtime_bytes(self, recompute: Recompute) -> int:
+        if self.device == "cuda":
+            return 0
+        return RUNTIME_BYTES if recompute == "nothing" else LEAN_RUNTIME_BYTES
 
     def estimate(self, work: Workload) -> MemoryEstimate:
         """Return what such a pass needs."""
@@ -214,7 +228,7 @@ def find_room(demand: Demand, memory_bytes: int) -> Room:
 
 
 def _ways(demand: Demand) -> Iterator[tuple[int, Recompute]]:
-    most, wanted = demand.training.micro_batch, demand.training.checkpointing
+    most, wanted = demand.most_rows, demand.training.checkpointing
     if wanted != "auto":
         has_host = demand.device == "cuda"
         way = "layers" if wanted == "offload" and not has_host else _FIXED[wanted]
