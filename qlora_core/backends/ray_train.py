@@ -26,6 +26,7 @@ from qlora_core.errors import QLoraError, from_json
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.attempt import next_launch
 from qlora_core.training.desk import NOTES_FILE, SUMMARY_FILE
+from qlora_core.training.durable import reserve
 from qlora_core.training.journal import JOURNAL_FILE, StepTail, Tail
 
 _POLL_S = 0.1
@@ -95,6 +96,7 @@ class RayTrainLauncher:
     def _launch(self, job: TrainJob, launch: str, follower: "_Follower") -> None:
         """Run one driver to the end of the job."""
         spec = RaySpec(job=job, snapshots=self.snapshots, launch=launch, log=_log_file(job))
+        reserve(spec.error_file)  # so that a full store can be told, too
         driver = self.waiting.take() or start_driver(self.cluster, spec.log)
         try:
             driver.give(spec)

@@ -125,12 +125,14 @@ def _is_preempted() -> bool:
 
 def _leave(spec: RaySpec, error: QLoraError) -> None:
     from qlora_core.fingerprint import canonical_json
-    from qlora_core.training.durable import replace_durably
+    from qlora_core.training.durable import replace_durably, replace_reserved
 
+    text = canonical_json(error.to_json()).encode()
     try:
-        replace_durably(spec.error_file, canonical_json(error.to_json()).encode())
+        replace_durably(spec.error_file, text)
     except StoreError:
-        return  # no room for it; Ray brings the error to the driver, only later
+        with suppress(StoreError):  # Ray would start the workers again before it brings the error
+            replace_reserved(spec.error_file, text)
 
 
 def _note(spec: RaySpec, error: CollectiveError) -> None:

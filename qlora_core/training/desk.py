@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from qlora_core.artifacts import AdapterCheckpoint, Frozen, Incident
 from qlora_core.config import SnapshotConfig
+from qlora_core.errors import storing
 from qlora_core.fingerprint import fingerprint
 from qlora_core.modeling.lora import save_adapter
 from qlora_core.ports import StepMetrics, TrainJob
@@ -73,7 +74,8 @@ class Desk:
 
     def tell(self, on_step: Callable[[StepMetrics], None]) -> None:
         """Write new notes down and hand the steps not yet told to ``on_step``."""
-        with (self.job.scratch / NOTES_FILE).open("a", encoding="utf-8") as file:
+        path = self.job.scratch / NOTES_FILE
+        with storing(path), path.open("a", encoding="utf-8") as file:
             file.writelines(f"{note}\n" for note in self.notes[self._num_notes_written :])
         self._num_notes_written = len(self.notes)
         fresh = self.journal.steps[self._num_steps_told :]

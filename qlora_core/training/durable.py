@@ -30,6 +30,33 @@ def replace_durably(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
+def reserve(path: Path, size_bytes: int = 8192) -> None:
+    """Take room now for what `replace_reserved` may have to write when there is none left.
+
+    Raises:
+        StoreError: There is no room, say.
+    """
+    write_durably(_reserved(path), b" " * size_bytes)
+
+
+def replace_reserved(path: Path, content: bytes) -> None:
+    """Write a file into the room that `reserve` took; what is left of it stays blank.
+
+    Raises:
+        StoreError: It was too little, or there is none.
+    """
+    reserved = _reserved(path)
+    with storing(path), reserved.open("r+b") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    reserved.replace(path)
+
+
+def _reserved(path: Path) -> Path:
+    return path.with_name(f".{path.name}.reserved")
+
+
 def sync(path: Path) -> None:
     """Make the kernel write a file, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
