@@ -333,7 +333,9 @@ class ClusterConfig(Runtime):
     """Where training runs."""
 
     address: str | None = None
-    """A running Ray (`host:6379`, `ray://host:10001`, `auto`); none: a Ray started by the run."""
+    """A running Ray (`host:6379`, `ray://host:10001`, `auto`), or the Ray Jobs endpoint of a remote
+    cluster (`https://host:8265`), where training outlives its flow; none: a Ray started by the run.
+    A token comes from the environment: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."""
     workers: Annotated[int, Field(gt=0)] | WorkerRange = 1
     """Number of training workers; `{min: 1, max: 8}` follows the nodes that come and go. The result
     is the same with any number."""

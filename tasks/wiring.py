@@ -19,6 +19,8 @@ from qlora_core.artifacts import Artifact, Facts, RegisteredModel
 from qlora_core.backends.memory import SilentProgress
 from qlora_core.backends.mlflow_registry import MlflowRegistry
 from qlora_core.backends.mlflow_tracking import MlflowTracker
+from qlora_core.backends.ray_address import is_jobs_endpoint
+from qlora_core.backends.ray_jobs import RayJobsLauncher
 from qlora_core.backends.ray_process import WaitingDriver
 from qlora_core.backends.ray_resources import require_local_room
 from qlora_core.backends.ray_train import RayTrainLauncher
@@ -169,7 +171,7 @@ def open_workspace(
     services = Services(
         tracker=tracker,
         registry=_registry(config, tracker),
-        launcher=around.launcher or _ray(config, progress, around.waiting),
+        launcher=around.launcher or _launcher(config, progress, around.waiting),
         progress=progress,
     )
     return Workspace(config, Store(places.store_root(config), provenance), services, progress, keep)
@@ -220,7 +222,7 @@ def is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> boo
     return isinstance(error, ConnectionError | TimeoutError)
 
 
-def _ray(config: RunConfig, progress: RunProgress, waiting: WaitingDriver) -> RayTrainLauncher:
+def _launcher(config: RunConfig, progress: RunProgress, waiting: WaitingDriver) -> Launcher:
     def say(message: str) -> None:
         progress.say("train_adapter", message)
 
@@ -229,6 +231,8 @@ def _ray(config: RunConfig, progress: RunProgress, waiting: WaitingDriver) -> Ra
 
     require_workers(config)
     cluster = places.cluster(config)
+    if is_jobs_endpoint(cluster.address):
+        return RayJobsLauncher(cluster, config.snapshots, say, check)
     return RayTrainLauncher(cluster, config.snapshots, say, check, waiting)
 
 
