@@ -78,7 +78,8 @@ def run(
     recipe: Recipe,
     overrides: Overrides = None,
     cluster: Annotated[
-        str | None, typer.Option(help="Address of a running Ray to train on.")
+        str | None,
+        typer.Option(help="Address of a running Ray to train on, or of its Jobs endpoint."),
     ] = None,
 ) -> None:
     """Do everything: prepare, quantise, train, evaluate, merge, register.

@@ -1,4 +1,4 @@
-"""Training as a job of a real Ray cluster with a token, whatever happens to whoever asked for it."""
+"""Training as a job of a real Ray cluster with a token, whatever happens to who asked for it."""
 
 import os
 import secrets
