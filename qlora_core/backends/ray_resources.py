@@ -88,9 +88,7 @@ def _too_little(cluster: ClusterConfig, nodes: list[Node], cpus: int, gpus: floa
 
 def _asked(cluster: ClusterConfig) -> str:
     workers = cluster.workers
-    return (
-        str(workers) if isinstance(workers, int) else f"{{min: {workers.min}, max: {workers.max}}}"
-    )
+    return str(workers) if isinstance(workers, int) else f"{{min: {workers.min}, max: {workers.max}}}"
 
 
 def _places(nodes: list[Node], cpus: int, gpus: float) -> int:

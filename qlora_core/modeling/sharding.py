@@ -183,7 +183,9 @@ def _sharded(module: nn.Module, comm: Gatherer) -> _Block:
     weights = [layer.weight for layer in _packed(module)]
     sizes = [weight.data.nbytes for weight in weights]
     part_bytes = -(-sum(sizes) // comm.world_size)
-    whole = torch.zeros(part_bytes * comm.world_size, dtype=torch.uint8, device=weights[0].device)
+    whole = torch.zeros(
+        part_bytes * comm.world_size, dtype=torch.uint8, device=weights[0].device
+    )
     start = 0
     for weight, size in zip(weights, sizes, strict=True):
         place = whole[start : start + size]

@@ -51,7 +51,9 @@ class Desk:
     _num_notes_written: int = field(default=0, init=False)
     _num_steps_told: int = field(default=0, init=False)
 
-    def record(self, metrics: StepMetrics, position: Position, *, is_urgent: bool = False) -> None:
+    def record(
+        self, metrics: StepMetrics, position: Position, *, is_urgent: bool = False
+    ) -> None:
         """Note one step; save if it is time to or urgent, and at the end in any case."""
         self.journal.append(metrics)
         if is_urgent:
