@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qlora_core.errors import LaunchError
+from qlora_core.errors import CollectiveError
 
 
 class Comm(Protocol):
@@ -66,7 +66,7 @@ class TorchComm:
         device: Where the group's collectives work: this worker's GPU with nccl, else the CPU.
         local_size: Number of workers on this machine.
 
-    A collective that fails means that another worker is gone, so it raises `LaunchError`, which
+    A collective that fails means that another worker is gone, so it raises `CollectiveError`, which
     the launcher answers with a new group of workers.
     """
 
@@ -81,7 +81,7 @@ class TorchComm:
         try:
             dist.all_reduce(tensor)
         except RuntimeError as error:
-            raise LaunchError(
+            raise CollectiveError(
                 f"worker {self.rank} lost the others: {error}",
                 why="A worker or its node died, or did not answer in time.",
             ) from error

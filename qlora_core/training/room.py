@@ -67,6 +67,7 @@ class Demand:
         max_length: Tokens of the longest row, where rows are not known.
         is_packed: Rows lie end to end.
         shares_prefix: What all rows of a lane begin with is computed once.
+        num_halvings: How often a pass has turned out to be too large before.
     """
 
     shape: Shape
@@ -81,6 +82,12 @@ class Demand:
     max_length: int = 0
     is_packed: bool = True
     shares_prefix: bool = False
+    num_halvings: int = 0
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of a pass, at most."""
+        return max(1, self.training.micro_batch >> self.num_halvings)
 
     def workload(self, num_rows: int, recompute: Recompute) -> Workload:
         """Return the largest pass of at most ``num_rows`` rows."""
@@ -214,7 +221,7 @@ def find_room(demand: Demand, memory_bytes: int) -> Room:
 
 
 def _ways(demand: Demand) -> Iterator[tuple[int, Recompute]]:
-    most, wanted = demand.training.micro_batch, demand.training.checkpointing
+    most, wanted = demand.most_rows, demand.training.checkpointing
     if wanted != "auto":
         has_host = demand.device == "cuda"
         way = "layers" if wanted == "offload" and not has_host else _FIXED[wanted]
