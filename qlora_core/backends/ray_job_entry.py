@@ -1,6 +1,6 @@
 """What runs in the cluster as a Ray job: the driver of one training, which outlives its flow.
 
-    python -m qlora_core.backends.ray_job_entry ORDER    # a `JobOrder` in JSON, on shared storage
+    python -P -m qlora_core.backends.ray_job_entry ORDER    # a `JobOrder` in JSON, on shared storage
 
 It does what `ray_driver` does for a launcher that holds its stdin, with the same code; but nobody
 holds it. So it answers with a file beside the snapshots, and what it says goes there as well as to
@@ -20,7 +20,7 @@ from qlora_core.backends.ray_driver import _fit, _outcome
 from qlora_core.backends.ray_job_order import JobOrder, last_word
 from qlora_core.backends.ray_resources import share_out
 from qlora_core.backends.ray_worker import WorkerOrder
-from qlora_core.errors import LaunchError, QLoraError, StoreError, TrainingError, storing
+from qlora_core.errors import LaunchError, QLoraError, TrainingError, UserError, storing
 from qlora_core.fingerprint import files_below
 from qlora_core.training.durable import sync
 
@@ -33,7 +33,7 @@ def main() -> None:
         with _also_in(order.spec.log):
             error = _carried_out(order)
         order.leave_answer(error)
-    except StoreError as unwritable:
+    except UserError as unwritable:
         error = unwritable
         sys.stdout.write(last_word(error))
     sys.exit(1 if error else 0)
@@ -43,7 +43,7 @@ def _read(file: Path) -> JobOrder:
     try:
         return JobOrder.model_validate_json(file.read_bytes())
     except OSError as error:
-        raise StoreError(
+        raise UserError(
             f"{os.uname().nodename}, where the job's driver runs, cannot read {file}: "
             f"{error.strerror}.",
             why="The store must be one folder, at one path, for the flow and all of the cluster.",

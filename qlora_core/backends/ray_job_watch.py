@@ -11,6 +11,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from qlora_core.backends.ray_job_log import JobVoice
@@ -18,12 +19,14 @@ from qlora_core.backends.ray_job_order import JobOrder, found_last_word, order_f
 from qlora_core.backends.ray_jobs_client import ClusterAwayError, JobsClient, RayJob
 from qlora_core.backends.ray_package import package
 from qlora_core.backends.ray_process import TRAIN_SETTINGS
+from qlora_core.backends.ray_train import last_lines
+from qlora_core.backends.triage import LostDriverError
 from qlora_core.errors import (
     LaunchError,
     QLoraError,
     ResourceError,
-    StoreError,
     TrainingError,
+    UserError,
     from_json,
 )
 
@@ -55,20 +58,21 @@ class JobWatch:
     _away_since: float | None = field(default=None, init=False)
     _over_since: float | None = field(default=None, init=False)
 
-    def run(self, *, is_new: bool) -> bool:
-        """Follow the job to its end; return whether it finished, False if it was lost.
+    def run(self, *, is_new: bool) -> None:
+        """Follow the job until its result is there.
 
         Args:
             is_new: Nobody has submitted it yet.
 
         Raises:
             OutOfReachError: The endpoint stayed away; the job is left alone.
+            LostDriverError: The job is over, and nobody knows why.
             QLoraError: What the job ended with, or what ``check`` raises; the job is stopped.
         """
         try:
             if is_new:
                 self._submit()
-            return self._follow()
+            self._follow()
         except OutOfReachError:
             raise
         except BaseException:
@@ -79,7 +83,7 @@ class JobWatch:
 
     def _submit(self) -> None:
         spec = self.order.spec
-        entry = "exec python -m qlora_core.backends.ray_job_entry "
+        entry = "exec python -P -m qlora_core.backends.ray_job_entry "
         file = order_file(spec.job.scratch, spec.launch)
         while True:
             self.check()
@@ -94,16 +98,13 @@ class JobWatch:
                 self._be_patient(error)
                 time.sleep(_PAUSE_S)
 
-    def _follow(self) -> bool:
-        while True:
+    def _follow(self) -> None:
+        while not self._is_answered():
             self.check()
             self.voice.catch_up()
-            if self._is_answered():
-                return True
             if time.monotonic() >= self._ask_at:
                 self._ask_at = time.monotonic() + _ASK_S
-                if self._is_lost():
-                    return False
+                self._require_alive()
             time.sleep(_POLL_S)
 
     def _is_answered(self) -> bool:
@@ -123,37 +124,22 @@ class JobWatch:
             raise from_json(answer)
         return True
 
-    def _is_lost(self) -> bool:
-        """Say whether the job is over without an answer.
-
-        Raises:
-            QLoraError: It is, and starting it again would not help.
-        """
+    def _require_alive(self) -> None:
+        """Raise if the job is over without an answer, or if nobody has known for too long."""
         try:
             job = self.client.job(self.order.submission_id)
         except ClusterAwayError as error:
             self._be_patient(error)
-            return False
+            return
         if self._away_since is not None:
             self.say(f"{self.client.address} answers again.")
         self._away_since = None
         if job and not job.is_over:
-            return False
+            return
         self._over_since = self._over_since or time.monotonic()
         is_done = job is not None and job.status == "SUCCEEDED"
-        if time.monotonic() - self._over_since < (_SHARED_S if is_done else _GRACE_S):
-            return False
-        if job:
-            self._explain(job)
-        return True
-
-    def _explain(self, job: RayJob) -> None:
-        """Raise what a job that is over without an answer ended with, unless it was just lost."""
-        said = job.message or ""
-        if error := _final_error(job, said, self.order):
-            raise error
-        with self.order.spec.log.open("a", encoding="utf-8") as log:
-            log.write(f"{said}\n")
+        if time.monotonic() - self._over_since >= (_SHARED_S if is_done else _GRACE_S):
+            raise _end_of(self.order, job)
 
     def _be_patient(self, error: ClusterAwayError) -> None:
         now = time.monotonic()
@@ -195,15 +181,16 @@ def environment_of_jobs() -> dict[str, str]:
     return wanted | TRAIN_SETTINGS
 
 
-def _final_error(job: RayJob, said: str, order: JobOrder) -> QLoraError | None:
-    name = order.submission_id
-    if job.status == "STOPPED":
+def _end_of(order: JobOrder, job: RayJob | None) -> QLoraError:
+    """Return the error of a job that ended without an answer; None: the cluster forgot it."""
+    name, said = order.submission_id, (job.message if job else None) or ""
+    if job and job.status == "STOPPED":
         return TrainingError(
             f"Ray job {name} was stopped by somebody else than this run.",
             fix="Run again to go on from the last snapshot.",
         )
-    if job.status == "SUCCEEDED":
-        return StoreError(
+    if job and job.status == "SUCCEEDED":
+        return UserError(
             f"Ray job {name} says that it is done, but there is no {order.answer_file}.",
             why="The store must be one folder, at one path, for the flow and all of the cluster.",
             fix="Mount it on every node, the head included (workspace.store, or QLORAFLOW_HOME).",
@@ -216,4 +203,15 @@ def _final_error(job: RayJob, said: str, order: JobOrder) -> QLoraError | None:
             why="qlora_core is sent there, but not what it imports.",
             fix="Use an image with the packages of this environment, as infra/Dockerfile makes it.",
         )
-    return None
+    return _lost(order, said)
+
+
+def _lost(order: JobOrder, said: str) -> LostDriverError:
+    log = order.spec.log
+    with suppress(OSError), log.open("a", encoding="utf-8") as file:
+        file.write(f"{said}\n")
+    return LostDriverError(
+        f"Ray jobs were lost more than cluster.max_failures={order.cluster.max_failures} times. "
+        f"The last words of {order.submission_id}:\n{last_lines(log)}",
+        fix=f"Run again to go on from the last snapshot. The log: {log}",
+    )

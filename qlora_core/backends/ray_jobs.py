@@ -14,6 +14,7 @@ here, so the job goes on. One exception leaves it alone: that nobody can be reac
 """
 
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,16 +24,18 @@ from qlora_core.backends.ray_job_log import JobVoice
 from qlora_core.backends.ray_job_order import JobOrder, order_file, submission_stem
 from qlora_core.backends.ray_job_watch import JobWatch
 from qlora_core.backends.ray_jobs_client import JobsClient, RayJob
-from qlora_core.backends.ray_train import _absolute, _log_file, last_lines
+from qlora_core.backends.ray_train import _absolute, _log_file
 from qlora_core.backends.ray_worker import RaySpec
+from qlora_core.backends.triage import PAUSES_S, Triage
 from qlora_core.config import ClusterConfig, SnapshotConfig
-from qlora_core.errors import LaunchError, from_json, storing
+from qlora_core.errors import QLoraError, from_json, storing
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.attempt import next_launch, read_record
 from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.durable import replace_durably
 from qlora_core.training.journal import JOURNAL_FILE
 
+_POLL_S = 0.1
 _PATIENCE_S = 600.0  # a head that moves to another machine takes minutes
 
 
@@ -48,6 +51,8 @@ class RayJobsLauncher:
     """Called several times a second; what it raises ends training and stops the job."""
     patience_s: float = _PATIENCE_S
     """How long the cluster may be away while there is no sign of training."""
+    pauses_s: tuple[float, ...] = PAUSES_S
+    """Before each further try, where the store cannot be written [seconds]."""
 
     def awake(self) -> AbstractContextManager[None]:
         """Do nothing: the cluster is awake."""
@@ -58,9 +63,10 @@ class RayJobsLauncher:
 
         Raises:
             TrainingError: Training cannot go on, or somebody stopped the job.
-            UserError: Nobody answers at the address, or not to our token.
+            UserError: Nobody answers at the address, or not to our token; or the cluster does not
+                see the store.
             ResourceError: The cluster has not what was asked for.
-            StoreError: The cluster does not see the store, or there is no room.
+            StoreError: There is no room for snapshots, say.
             LaunchError: Workers or jobs were lost more often than ``cluster.max_failures``, or
                 the cluster stayed away.
         """
@@ -71,21 +77,27 @@ class RayJobsLauncher:
         with storing(job.scratch):
             job.scratch.mkdir(parents=True, exist_ok=True)
         orders = Orders(job, client, self.cluster, self.snapshots, self.say)
-        found = orders.found()
         voice = JobVoice.of(job, on_step, self.say)
-        for _ in range(self.cluster.max_failures + 1):
-            order = found or orders.written()
-            watch = JobWatch(order, client, voice, self.say, self.check, self.patience_s)
-            if watch.run(is_new=found is None):
-                _hand_over(order, job.out)
-                return
-            self.say(f"Ray job {order.submission_id} was lost; going on from the last snapshot.")
-            found = None
-        raise LaunchError(
-            f"Ray jobs were lost more than cluster.max_failures={self.cluster.max_failures} "
-            f"times. Their last words:\n{last_lines(_log_file(job))}",
-            fix=f"Run again to go on from the last snapshot. The log: {_log_file(job)}",
-        )
+        triage = Triage(job.scratch, self.cluster.max_failures, self.pauses_s)
+        while True:
+            launch = ""
+            try:
+                found = orders.found()
+                order = found or orders.written()
+                launch = order.spec.launch
+                watch = JobWatch(order, client, voice, self.say, self.check, self.patience_s)
+                watch.run(is_new=found is None)
+                return _hand_over(order, job.out)
+            except QLoraError as error:
+                incident, pause_s = triage.remedy(error, voice.follower.last_step, launch)
+            self.say(incident.sentence())
+            self._pause(pause_s)
+
+    def _pause(self, seconds: float) -> None:
+        end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s:
+            self.check()
+            time.sleep(_POLL_S)
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,7 @@ class Orders:
         known = self._known()
         order = self._last()
         for name, job in known.items():
-            if not job.is_over and (order is None or name != order.submission_id):
+            if not job.is_over and not _is_carried_out_by(order, name):
                 self.say(f"Ray job {name} is of an attempt that is over; stopping it.")
                 self.client.stop(name)
         if order is None:
@@ -144,7 +156,7 @@ class Orders:
             return None
 
     def _running(self, order: JobOrder, job: RayJob | None) -> JobOrder | None:
-        if job is None or job.is_over:
+        if job is None or job.is_over or not _is_carried_out_by(order, order.submission_id):
             return None
         self.say(f"Ray job {order.submission_id} is {job.status.lower()}; attached to it.")
         if (self.cluster, self.snapshots) != (order.cluster, order.spec.snapshots):
@@ -163,6 +175,13 @@ class Orders:
             log=_log_file(self.job),
         )
         return JobOrder(cluster=self.cluster, spec=spec)
+
+
+def _is_carried_out_by(order: JobOrder | None, name: str) -> bool:
+    """Say whether that job is the one to follow, if it lives; one with an error only winds up."""
+    if order is None or name != order.submission_id:
+        return False
+    return not order.spec.error_file.exists()
 
 
 def _hand_over(order: JobOrder, out: Path) -> None:

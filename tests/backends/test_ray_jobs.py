@@ -29,9 +29,11 @@ from qlora_core.errors import (
     ResourceError,
     StoreError,
     TrainingError,
+    UserError,
 )
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.attempt import next_launch
+from qlora_core.training.incidents import history
 from tests.backends.jobs_endpoint import Endpoint, serving, step
 
 
@@ -288,6 +290,27 @@ def test_a_lost_job_is_started_again_under_the_next_number_and_no_step_told_twic
     assert [name[-4:] for name in endpoint.jobs] == ["0001", "0002"]
     assert flow.numbers == [1, 2, 3]
     assert "supervisor actor died" in (job.scratch / "ray.log").read_text()
+    assert [incident.kind for incident in history(job.scratch)] == ["lost_driver"]
+
+
+def test_a_full_store_is_waited_for_and_a_result_is_not_trained_twice(endpoint, job):
+    def fill_up(order) -> None:
+        if order.spec.launch == "0001":
+            endpoint.fail(order, StoreError("the disk is full"))
+        else:
+            endpoint.finish(order)
+
+    endpoint.on_submit = fill_up
+    job.out.write_text("in the way")  # handing over fails at first as well
+    making_room = threading.Timer(0.6, job.out.unlink)
+    making_room.start()
+
+    flow = Flow(endpoint, pauses_s=(0.0, 1.0)).train(job)
+
+    assert [name[-4:] for name in endpoint.jobs] == ["0001", "0002"]
+    assert flow.numbers == [1, 2, 3]
+    kinds = [incident.kind for incident in history(job.scratch)]
+    assert kinds == ["storage", "storage"]
 
 
 def test_jobs_lost_again_and_again_end_with_their_last_words(endpoint, job):
@@ -336,11 +359,11 @@ def test_a_cluster_without_our_packages_is_told_at_once(endpoint, job, said):
 
 
 def test_a_store_that_the_cluster_does_not_see_is_told_by_its_log(endpoint, job):
-    error = StoreError("node7 cannot read /store/job.json", fix="Mount it.")
+    error = UserError("node7 cannot read /store/job.json", fix="Mount it.")
     message = f"last available logs:\n{last_word(error)}\n"
     endpoint.on_submit = lambda order: endpoint.set(order.submission_id, "FAILED", message)
 
-    with pytest.raises(StoreError, match="node7 cannot read") as caught:
+    with pytest.raises(UserError, match="node7 cannot read") as caught:
         Flow(endpoint).train(job)
 
     assert caught.value.fix == "Mount it."
@@ -349,7 +372,7 @@ def test_a_store_that_the_cluster_does_not_see_is_told_by_its_log(endpoint, job)
 def test_a_result_that_does_not_arrive_is_the_stores_fault(endpoint, job):
     endpoint.on_submit = lambda order: endpoint.set(order.submission_id, "SUCCEEDED")
 
-    with pytest.raises(StoreError, match="one folder, at one path"):
+    with pytest.raises(UserError, match="one folder, at one path"):
         Flow(endpoint).train(job)
 
 
