@@ -108,7 +108,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def route(self, body: bytes) -> None:
         endpoint, jobs = self.endpoint, self.endpoint.jobs
-        name, what = (re.match(r"/api/(?:jobs|packages/gcs)/([^/]*)/?(.*)", self.path) or "  ")[1:3]
+        asked = re.match(r"/api/(?:jobs|packages/gcs)/([^/]*)/?(.*)", self.path)
+        name, what = asked.groups() if asked else ("", "")
         if self.path == "/api/version":
             return self.reply(200, {"ray_version": "2.60.0"})
         if self.path.startswith("/api/packages"):

@@ -2,30 +2,22 @@
 
 import os
 import secrets
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
-from qlora_core.backends import process_session
 from qlora_core.backends.in_process import InProcessLauncher
-from qlora_core.backends.ray_job_order import submission_stem
 from qlora_core.backends.ray_jobs import RayJobsLauncher
-from qlora_core.backends.ray_jobs_client import JobsClient
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import NotFiniteError, UserError
 from qlora_core.fingerprint import file_digest, files_below
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.journal import JOURNAL_FILE, read_journal
+from tests.backends.ray_head import Head, jobs_head, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("one_thread")]
 
@@ -45,74 +37,10 @@ RayJobsLauncher(cluster, SnapshotConfig(every_steps=5), say).train(job, lambda _
 """
 
 
-@dataclass(frozen=True)
-class Head:
-    address: str
-    process: psutil.Process
-
-    def running(self, *texts: str) -> list[str]:
-        """The commands of its processes that train: drivers of jobs, and workers."""
-        wanted = texts or ("ray_job_entry", "RayTrainWorker", "TrainController")
-        found = []
-        for child in self.process.children(recursive=True):
-            try:
-                command = " ".join(child.cmdline())
-            except psutil.Error:  # it ended meanwhile
-                continue
-            if any(text in command for text in wanted):
-                found.append(command)
-        return found
-
-    def jobs_of(self, job: TrainJob) -> dict[str, str]:
-        opening = submission_stem(job.scratch.resolve())
-        known = JobsClient(self.address).jobs()
-        return {
-            found.submission_id[len(opening) :]: found.status
-            for found in known
-            if (found.submission_id or "").startswith(opening)
-        }
-
-
-def free_ports(count: int) -> list[int]:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in held]
-    for server in held:
-        server.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A Ray of somebody else's with two CPUs, a dashboard and a token."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_AUTH_MODE", "token")
-        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        environment.setenv(
-            "PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        )
-        temp = tempfile.mkdtemp(prefix="rj-", dir="/tmp")
-        names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
-        names += ("dashboard-agent-grpc-port", "metrics-export-port")
-        ports = dict(zip(names, free_ports(len(names)), strict=True))
-        options = [f"--{name}={port}" for name, port in ports.items()]
-        options += ["--head", "--block", "--num-cpus=2", "--include-dashboard=true"]
-        options += [f"--temp-dir={temp}", "--object-store-memory=80000000"]
-        with (Path(temp) / "head.log").open("wb") as log:
-            started = subprocess.Popen(
-                [Path(sys.executable).with_name("ray"), "start", *options],
-                start_new_session=True,
-                stdout=log,
-                stderr=log,
-                cwd=temp,
-            )
-        address = f"http://127.0.0.1:{ports['dashboard-port']}"
-        try:
-            JobsClient(address).require_usable(patience_s=90)
-            yield Head(address, psutil.Process(started.pid))
-        finally:
-            process_session.end(started.pid, patience_s=5.0)
-            started.wait()
-            shutil.rmtree(temp, ignore_errors=True)
+    with jobs_head() as running:
+        yield running
 
 
 def launcher_at(head: Head, said: list[str], **options) -> RayJobsLauncher:
@@ -130,13 +58,6 @@ def digests(folder: Path) -> dict[str, str]:
     return {name: file_digest(folder / name) for name in files_below(folder)}
 
 
-def wait_until(condition, timeout_s: float = 90.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def num_steps_of(job: TrainJob) -> int:
     file = job.scratch / JOURNAL_FILE
     return len(file.read_bytes().splitlines()) if file.exists() else 0
@@ -151,7 +72,7 @@ def test_a_job_gives_the_same_bytes_as_training_here_and_its_log_arrives(head, m
 
     assert digests(there.out) == digests(here.out)
     assert [step.loss for step in steps] == [step.loss for step in alone]
-    assert head.jobs_of(there)["0001"] in ("RUNNING", "SUCCEEDED")
+    assert head.jobs_of(there.scratch)["0001"] in ("RUNNING", "SUCCEEDED")
     assert "the cluster says" in "\n".join(said)
     assert (there.scratch / "ray.log").stat().st_size > 0
     wait_until(lambda: head.running() == [], timeout_s=15)
@@ -177,7 +98,7 @@ def test_a_job_outlives_its_flow_and_the_next_flow_attaches_to_it(head, make_job
     launcher_at(head, said).train(there, steps.append)
 
     assert any("is running; attached to it" in sentence for sentence in said)
-    assert list(head.jobs_of(there)) == ["0001"]
+    assert list(head.jobs_of(there.scratch)) == ["0001"]
     assert [step.step for step in steps] == list(range(1, 901))
     assert read_journal(there.scratch / JOURNAL_FILE) == steps
     train_here(here)
@@ -197,7 +118,7 @@ def test_cancelling_stops_the_job_and_frees_its_workers(head, make_job):
         launcher_at(head, []).train(job, cancel)
 
     wait_until(lambda: head.running() == [], timeout_s=15)
-    assert head.jobs_of(job) == {"0001": "STOPPED"}
+    assert head.jobs_of(job.scratch) == {"0001": "STOPPED"}
 
 
 def test_a_driver_that_is_killed_is_followed_by_the_next_attempt(head, make_job):
@@ -216,7 +137,7 @@ def test_a_driver_that_is_killed_is_followed_by_the_next_attempt(head, make_job)
     launcher_at(head, said).train(there, lambda step: (steps.append(step), kill_the_driver(step)))
 
     assert len(killed) == 1
-    assert list(head.jobs_of(there)) == ["0001", "0002"]
+    assert list(head.jobs_of(there.scratch)) == ["0001", "0002"]
     assert [step.step for step in steps] == list(range(1, 301))
     assert any(sentence.startswith("Lost driver after step") for sentence in said)
     train_here(here)
@@ -229,7 +150,7 @@ def test_an_error_of_a_worker_arrives_as_what_it_is(head, broken_base, make_job)
     with pytest.raises(NotFiniteError, match="at step"):
         launcher_at(head, []).train(job, lambda _: None)
 
-    assert list(head.jobs_of(job)) == ["0001", "0002"]  # once more, as its remedy is
+    assert list(head.jobs_of(job.scratch)) == ["0001", "0002"]  # once more, as its remedy is
     wait_until(lambda: head.running() == [], timeout_s=15)
 
 
@@ -242,4 +163,4 @@ def test_a_wrong_token_is_refused_before_anything_is_submitted(head, make_job):
             launcher_at(head, []).train(job, lambda _: None)
 
     assert "RAY_AUTH_TOKEN_PATH" in caught.value.fix
-    assert head.jobs_of(job) == {}
+    assert head.jobs_of(job.scratch) == {}
