@@ -22,8 +22,8 @@ from tests.backends.ray_head import Head, jobs_head, wait_until
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("one_thread")]
 
 SNAPSHOTS = SnapshotConfig(every_steps=5)
-LONG = {"epochs": 300, "heldout_every": None}
-"""900 steps: time enough to kill somebody."""
+LONG = {"epochs": 200, "heldout_every": None}
+"""550 steps: time enough to kill somebody."""
 IN_A_PROCESS = """
 import sys
 from pathlib import Path
@@ -99,7 +99,7 @@ def test_a_job_outlives_its_flow_and_the_next_flow_attaches_to_it(head, make_job
 
     assert any("is running; attached to it" in sentence for sentence in said)
     assert list(head.jobs_of(there.scratch)) == ["0001"]
-    assert [step.step for step in steps] == list(range(1, 901))
+    assert [step.step for step in steps] == list(range(1, 551))
     assert read_journal(there.scratch / JOURNAL_FILE) == steps
     train_here(here)
     assert digests(there.out) == digests(here.out)
@@ -138,7 +138,7 @@ def test_a_driver_that_is_killed_is_followed_by_the_next_attempt(head, make_job)
 
     assert len(killed) == 1
     assert list(head.jobs_of(there.scratch)) == ["0001", "0002"]
-    assert [step.step for step in steps] == list(range(1, 301))
+    assert [step.step for step in steps] == list(range(1, 276))
     assert any(sentence.startswith("Lost driver after step") for sentence in said)
     train_here(here)
     assert digests(there.out) == digests(here.out)
