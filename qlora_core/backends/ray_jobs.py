@@ -126,6 +126,9 @@ class Orders:
         if answer:
             self.say(f"Ray job {order.submission_id} has failed: {from_json(answer).what}")
             return None
+        if not order.spec.job.out.is_dir():
+            self.say(f"Ray job {order.submission_id} has finished, but its result is gone.")
+            return None
         self.say(f"Ray job {order.submission_id} has finished meanwhile; its result is used.")
         return order
 

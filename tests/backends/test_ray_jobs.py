@@ -1,5 +1,6 @@
 """Which job a flow submits, attaches to, takes for done, or stops; the cluster is scripted."""
 
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +172,17 @@ def test_a_job_that_finished_while_nobody_looked_is_taken_for_done(endpoint, job
     assert endpoint.jobs == {}
     assert [flow.numbers for flow in again] == [[1, 2, 3]] * 2
     assert (job.out / "adapter").read_text() == "0001"
+
+
+def test_a_result_that_somebody_deleted_is_made_again(endpoint, job):
+    endpoint.on_submit = endpoint.finish
+    Flow(endpoint).train(job)
+    shutil.rmtree(job.scratch / "result-0001")
+
+    flow = Flow(endpoint).train(job)
+
+    assert any("its result is gone" in sentence for sentence in flow.said)
+    assert (job.out / "adapter").read_text() == "0002"
 
 
 def test_after_a_job_that_failed_while_nobody_looked_comes_the_next_number(endpoint, job):
