@@ -1,6 +1,6 @@
 """What runs in the cluster as a Ray job: the driver of one training, which outlives its flow.
 
-    python -P -m qlora_core.backends.ray_job_entry ORDER    # a `JobOrder` in JSON, on shared storage
+    python -P -m qlora_core.backends.ray_job_entry ORDER    # a `JobOrder` in the shared store
 
 It does what `ray_driver` does for a launcher that holds its stdin, with the same code; but nobody
 holds it. So it answers with a file beside the snapshots, and what it says goes there as well as to

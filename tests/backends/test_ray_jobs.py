@@ -1,7 +1,8 @@
 """Which job a flow submits, attaches to, takes for done, or stops; the cluster is scripted."""
 
+import itertools
 import shutil
-import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,25 +88,28 @@ class Flow:
         return [metrics.step for metrics in self.steps]
 
 
-def dies_after(num_checks: int):
+def at_check(**actions: Callable[[], object]) -> Callable[[], None]:
+    """Return a check that does something when it is called for the n-th time: ``c5=...``."""
+    numbers = itertools.count(1)
+
+    def check() -> None:
+        actions.get(f"c{next(numbers)}", lambda: None)()
+
+    return check
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    """Return a check that ends a run soon after its job was submitted."""
+
+    def end() -> None:
+        raise error
+
+    return at_check(c6=end)
+
+
+def death() -> Callable[[], None]:
     """Return a check that ends a run as its process's death would, as far as a thread can."""
-    left = iter(range(num_checks))
-
-    def check() -> None:
-        if next(left, None) is None:
-            raise OutOfReachError("dead")
-
-    return check
-
-
-def raises_after(num_checks: int, error: BaseException):
-    left = iter(range(num_checks))
-
-    def check() -> None:
-        if next(left, None) is None:
-            raise error
-
-    return check
+    return raising(OutOfReachError("dead"))
 
 
 def test_a_job_is_named_by_the_stages_key_and_apart_from_that_of_another_store(tmp_path):
@@ -144,15 +148,13 @@ def test_no_secret_travels_with_the_job(endpoint, job, monkeypatch):
 
 def test_after_the_death_of_its_flow_the_job_is_attached_to_and_tells_every_step(endpoint, job):
     endpoint.on_submit = lambda order: endpoint.write_steps(order, 1, 2)
-    first = Flow(endpoint, check=dies_after(5))
+    first = Flow(endpoint, check=death())
     with pytest.raises(OutOfReachError):
         first.train(job)
     (order,) = endpoint.orders.values()
     assert endpoint.jobs[order.submission_id]["status"] == "RUNNING"
 
-    finishing = threading.Timer(0.5, endpoint.finish, [order])
-    finishing.start()
-    second = Flow(endpoint).train(job)
+    second = Flow(endpoint, check=at_check(c3=lambda: endpoint.finish(order))).train(job)
 
     assert list(endpoint.jobs) == [order.submission_id]
     assert (first.numbers, second.numbers) == ([1, 2], [1, 2, 3])
@@ -162,7 +164,7 @@ def test_after_the_death_of_its_flow_the_job_is_attached_to_and_tells_every_step
 
 def test_a_job_that_finished_while_nobody_looked_is_taken_for_done(endpoint, job):
     with pytest.raises(OutOfReachError):
-        Flow(endpoint, check=dies_after(5)).train(job)
+        Flow(endpoint, check=death()).train(job)
     (order,) = endpoint.orders.values()
     endpoint.finish(order)
     endpoint.jobs.clear()  # even the cluster may be another one by now
@@ -187,7 +189,7 @@ def test_a_result_that_somebody_deleted_is_made_again(endpoint, job):
 
 def test_after_a_job_that_failed_while_nobody_looked_comes_the_next_number(endpoint, job):
     with pytest.raises(OutOfReachError):
-        Flow(endpoint, check=dies_after(5)).train(job)
+        Flow(endpoint, check=death()).train(job)
     (order,) = endpoint.orders.values()
     endpoint.fail(order, DataError("rows are odd"))
     endpoint.on_submit = endpoint.finish
@@ -211,7 +213,7 @@ def test_a_number_that_the_cluster_remembers_is_not_used_again(endpoint, job):
 
 def test_a_job_of_an_attempt_that_is_over_is_stopped_before_another_starts(endpoint, job):
     with pytest.raises(OutOfReachError):
-        Flow(endpoint, check=dies_after(5)).train(job)
+        Flow(endpoint, check=death()).train(job)
     next_launch(job.scratch)  # somebody trained on this machine meanwhile
     endpoint.on_submit = endpoint.finish
 
@@ -233,7 +235,7 @@ def test_jobs_of_other_trainings_are_left_alone(endpoint, job):
 @pytest.mark.parametrize("error", [CancelledError(), KeyboardInterrupt(), SystemExit(1)])
 def test_cancelling_stops_the_job(endpoint, job, error):
     with pytest.raises(type(error)):
-        Flow(endpoint, check=raises_after(5, error)).train(job)
+        Flow(endpoint, check=raising(error)).train(job)
 
     assert [known["status"] for known in endpoint.jobs.values()] == ["STOPPED"]
 
@@ -253,7 +255,7 @@ def test_an_error_of_who_hears_of_steps_stops_the_job(endpoint, job):
 
 def test_a_job_that_does_not_stop_is_told_with_what_to_do(endpoint, job, monkeypatch):
     monkeypatch.setattr(ray_job_watch, "STOP_S", 0.1)
-    flow = Flow(endpoint, check=raises_after(5, CancelledError()))
+    flow = Flow(endpoint, check=raising(CancelledError()))
     endpoint.on_submit = lambda order: setattr(endpoint, "answers", 503)
 
     with pytest.raises(CancelledError):
@@ -314,10 +316,12 @@ def test_a_full_store_is_waited_for_and_a_result_is_not_trained_twice(endpoint, 
 
     endpoint.on_submit = fill_up
     job.out.write_text("in the way")  # handing over fails at first as well
-    making_room = threading.Timer(0.6, job.out.unlink)
-    making_room.start()
 
-    flow = Flow(endpoint, pauses_s=(0.0, 1.0)).train(job)
+    def make_room() -> None:
+        if len(history(job.scratch)) == 2:
+            job.out.unlink(missing_ok=True)
+
+    flow = Flow(endpoint, pauses_s=(0.0, 0.2), check=make_room).train(job)
 
     assert [name[-4:] for name in endpoint.jobs] == ["0001", "0002"]
     assert flow.numbers == [1, 2, 3]
@@ -389,16 +393,13 @@ def test_a_result_that_does_not_arrive_is_the_stores_fault(endpoint, job):
 
 
 def test_an_endpoint_that_is_away_for_a_while_is_waited_for(endpoint, job):
-    def leave(order) -> None:
-        endpoint.answers = 503
-        back = threading.Timer(0.5, lambda: setattr(endpoint, "answers", None))
-        done = threading.Timer(1.0, endpoint.finish, [order])
-        back.start()
-        done.start()
+    endpoint.on_submit = lambda order: setattr(endpoint, "answers", 503)
+    back = at_check(
+        c5=lambda: setattr(endpoint, "answers", None),
+        c8=lambda: endpoint.finish(*endpoint.orders.values()),
+    )
 
-    endpoint.on_submit = leave
-
-    flow = Flow(endpoint).train(job)
+    flow = Flow(endpoint, check=back).train(job)
 
     assert flow.numbers == [1, 2, 3]
     assert len(endpoint.jobs) == 1
@@ -418,13 +419,11 @@ def test_an_endpoint_that_stays_away_ends_the_flow_and_not_the_job(endpoint, job
 
 def test_other_settings_are_said_to_count_later(endpoint, job):
     with pytest.raises(OutOfReachError):
-        Flow(endpoint, check=dies_after(5)).train(job)
+        Flow(endpoint, check=death()).train(job)
     (order,) = endpoint.orders.values()
-    flow = Flow(endpoint)
+    flow = Flow(endpoint, check=at_check(c3=lambda: endpoint.finish(order)))
     more = flow.launcher.cluster.model_copy(update={"workers": 4})
     flow.launcher = replace(flow.launcher, cluster=more)
-    finishing = threading.Timer(0.3, endpoint.finish, [order])
-    finishing.start()
 
     flow.train(job)
 
@@ -433,7 +432,7 @@ def test_other_settings_are_said_to_count_later(endpoint, job):
 
 def test_an_order_of_another_version_is_not_attached_to(endpoint, job):
     with pytest.raises(OutOfReachError):
-        Flow(endpoint, check=dies_after(5)).train(job)
+        Flow(endpoint, check=death()).train(job)
     order_file(job.scratch, "0001").write_text("{}")
     endpoint.on_submit = endpoint.finish
 
