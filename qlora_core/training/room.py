@@ -35,8 +35,6 @@ from qlora_core.training.collation import common_prefix
 
 RUNTIME_BYTES = 950_000_000
 """Resident memory of a worker on a CPU without a model: Python, torch, transformers, Ray."""
-LEAN_RUNTIME_BYTES = 800_000_000
-"""The same where freed memory is given back at once (`modeling.heap`): with recomputing."""
 USABLE = 0.9
 """Of a device: the rest goes to fragmentation, and to others."""
 
@@ -105,13 +103,8 @@ class Demand:
             num_lanes=min(self.num_lanes, len(chunk.lengths)),
             chunk_bytes=GPU_CHUNK_BYTES if self.device == "cuda" else CHUNK_BYTES,
             dense_budget_bytes=kept if isinstance(kept, int) else 0,
-            runtime_bytes=self._runtime_bytes(recompute),
+            runtime_bytes=RUNTIME_BYTES if self.device == "cpu" else 0,
         )
-
-    def _runtime_bytes(self, recompute: Recompute) -> int:
-        if self.device == "cuda":
-            return 0
-        return RUNTIME_BYTES if recompute == "nothing" else LEAN_RUNTIME_BYTES
 
     def estimate(self, work: Workload) -> MemoryEstimate:
         """Return what such a pass needs."""
