@@ -19,6 +19,7 @@ from qlora_core.artifacts import Artifact, Facts, RegisteredModel
 from qlora_core.backends.memory import SilentProgress
 from qlora_core.backends.mlflow_registry import MlflowRegistry
 from qlora_core.backends.mlflow_tracking import MlflowTracker
+from qlora_core.backends.ray_crew import RayCrew, has_crew
 from qlora_core.backends.ray_process import WaitingDriver
 from qlora_core.backends.ray_resources import require_local_room
 from qlora_core.backends.ray_train import RayTrainLauncher
@@ -171,6 +172,7 @@ def open_workspace(
         registry=_registry(config, tracker),
         launcher=around.launcher or _ray(config, progress, around.waiting),
         progress=progress,
+        crew=None if around.launcher else _crew(config, progress),
     )
     return Workspace(config, Store(places.store_root(config), provenance), services, progress, keep)
 
@@ -230,6 +232,17 @@ def _ray(config: RunConfig, progress: RunProgress, waiting: WaitingDriver) -> Ra
     require_workers(config)
     cluster = places.cluster(config)
     return RayTrainLauncher(cluster, config.snapshots, say, check, waiting)
+
+
+def _crew(config: RunConfig, progress: RunProgress) -> RayCrew | None:
+    cluster = places.cluster(config)
+    if not has_crew(cluster):
+        return None
+    return RayCrew(
+        cluster,
+        lambda message: progress.say("evaluate", message),
+        lambda: progress.check("evaluate"),
+    )
 
 
 def _registry(config: RunConfig, tracker: MlflowTracker) -> MlflowRegistry:

@@ -22,14 +22,19 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from pydantic import TypeAdapter
+
 import qlora_core
 from qlora_core.backends import process_session
+from qlora_core.backends.errands import asking_errand, training_errand
+from qlora_core.backends.ray_asker import AskSpec
 from qlora_core.backends.ray_resources import WORKER_PROCESS, local_cpus, share_out
 from qlora_core.backends.ray_worker import RayHome, RaySpec, WorkerOrder, train_on_worker
 from qlora_core.config import ClusterConfig
 from qlora_core.errors import LaunchError, QLoraError
 from qlora_core.training.durable import replace_durably
 
+Spec = RaySpec | AskSpec
 OBJECT_STORE_BYTES = 80_000_000
 """Nothing big goes through Ray's object store; 75 MiB is the least it takes."""
 
@@ -59,7 +64,7 @@ class _Jobs(threading.Thread):
 
     def __init__(self, home: RayHome) -> None:
         super().__init__(daemon=True)
-        self.spec: RaySpec | None = None
+        self.spec: Spec | None = None
         self._home = home
         self._given = threading.Event()
         self._patience = threading.Timer(home.idle_s or 0.0, self._end)
@@ -76,7 +81,7 @@ class _Jobs(threading.Thread):
         finally:
             self._end()
 
-    def wait(self) -> RaySpec:
+    def wait(self) -> Spec:
         """Return the job when it is known."""
         self._given.wait()
         assert self.spec is not None  # noqa: S101  # set before the event
@@ -84,7 +89,7 @@ class _Jobs(threading.Thread):
 
     def _pass_on(self, file: Path) -> None:
         text = file.read_bytes()
-        self.spec = RaySpec.model_validate_json(text)
+        self.spec = TypeAdapter[Spec](Spec).validate_json(text)
         with self.spec.log.open("ab") as log:
             for output in (sys.stdout, sys.stderr):
                 os.dup2(log.fileno(), output.fileno())
@@ -106,10 +111,15 @@ def _run(home: RayHome, jobs: _Jobs) -> None:
 
     _connect(home)
     is_own = home.cluster.address is None
-    order = WorkerOrder(job_file=home.job_file) if is_own else WorkerOrder(spec=jobs.wait())
+    spec = None if is_own else jobs.wait()
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cpus, gpus = share_out(home.cluster, nodes)
+        if spec is not None:
+            _require_ready(home.cluster, spec, cpus, gpus)
+        if isinstance(spec, AskSpec):
+            return _ask(home.cluster, spec, cpus, gpus)
+        order = WorkerOrder(job_file=home.job_file if is_own else None, spec=spec)
         storage = home.temp / "train" if order.spec is None else order.spec.job.scratch / "ray"
         error = _fit(home.cluster, order.model_copy(update={"num_threads": cpus}), gpus, storage)
         if error is not None:
@@ -117,6 +127,22 @@ def _run(home: RayHome, jobs: _Jobs) -> None:
     finally:
         if not is_own:  # our own is ended by the launcher, which is quicker
             ray.shutdown()
+
+
+def _require_ready(cluster: ClusterConfig, spec: Spec, cpus: int, gpus: float) -> None:
+    from qlora_core.backends.ray_preflight import require_ready
+
+    if isinstance(spec, AskSpec):
+        errand = asking_errand(spec.job)
+    else:
+        errand = training_errand(spec.job, cluster, cpus, gpus)
+    require_ready(cluster, errand, cpus, gpus)
+
+
+def _ask(cluster: ClusterConfig, spec: AskSpec, cpus: int, gpus: float) -> None:
+    from qlora_core.backends.ray_asking import ask_on_cluster
+
+    ask_on_cluster(cluster, spec, cpus, gpus)
 
 
 def _connect(home: RayHome) -> None:

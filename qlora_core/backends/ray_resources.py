@@ -88,7 +88,14 @@ def _too_little(cluster: ClusterConfig, nodes: list[Node], cpus: int, gpus: floa
 
 def _asked(cluster: ClusterConfig) -> str:
     workers = cluster.workers
-    return str(workers) if isinstance(workers, int) else f"{{min: {workers.min}, max: {workers.max}}}"
+    return (
+        str(workers) if isinstance(workers, int) else f"{{min: {workers.min}, max: {workers.max}}}"
+    )
+
+
+def places_on(node: Node, cpus: int, gpus: float) -> int:
+    """Return how many workers of that size a node holds when nothing else runs there."""
+    return _places([node], cpus, gpus)
 
 
 def _places(nodes: list[Node], cpus: int, gpus: float) -> int:
