@@ -7,7 +7,8 @@
     quantize base ----+--> evaluate base ----------------------------------+
 
 What does not depend on each other runs at the same time, in threads; training computes in Ray's
-processes, and on a cluster evaluation does, too, after training. The first stage that fails ends the run at once, since a person waits for the reason.
+processes. On a cluster evaluation does, too, and the base's then waits until training is done with
+the workers. The first stage that fails ends the run at once, since a person waits for the reason.
 
 A flow run is Prefect's; a *run* is ours (see `records`): if this process is killed, the next call
 with the same recipe is another flow run, and the same run in our records and in MLflow.

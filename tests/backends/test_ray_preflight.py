@@ -1,0 +1,115 @@
+"""Preflight on a real Ray: nodes that are separate raylets on this machine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from qlora_core.backends import process_session
+from qlora_core.backends.ray_train import RayTrainLauncher
+from qlora_core.config import ClusterConfig, SnapshotConfig
+from qlora_core.errors import ClusterError, LaunchError, QLoraError, from_json
+from qlora_core.ports import TrainJob
+from tests.backends.ray_nodes import TOKEN, RayNodes, may_unshare, ray_nodes
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.ray]
+
+ASK = """
+import json, sys
+import ray
+from qlora_core.backends.errands import training_errand
+from qlora_core.backends.ray_preflight import require_ready
+from qlora_core.config import ClusterConfig
+from qlora_core.errors import QLoraError
+from qlora_core.ports import TrainJob
+
+address, job, answer_s = sys.argv[1:]
+cluster = ClusterConfig(address=address, workers=2)
+ray.init(address, log_to_driver=False)
+print("connected", ray.get_runtime_context().get_node_id(), flush=True)
+sys.stdin.readline()
+try:
+    errand = training_errand(TrainJob.model_validate_json(job), cluster, 1, 0.0)
+    require_ready(cluster, errand, 1, 0.0, answer_s=float(answer_s))
+    print("{}")
+except QLoraError as error:
+    print(json.dumps(error.to_json()))
+"""
+
+
+class Asking:
+    """A process that is connected to the cluster, and asks its nodes when told."""
+
+    def __init__(self, nodes: RayNodes, job: TrainJob, answer_s: float) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", ASK, nodes.address, job.model_dump_json(), str(answer_s)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | TOKEN,
+        )  # fmt: skip
+        self.own_node = self._process.stdout.readline().split()[1]
+
+    def error(self) -> QLoraError | None:
+        said, _ = self._process.communicate("go\n", timeout=120)
+        fields = json.loads(said.splitlines()[-1])
+        return from_json(fields) if fields else None
+
+
+@pytest.mark.skipif(not may_unshare(), reason="needs root: a node with mounts of its own")
+def test_a_node_whose_store_is_another_disk_is_named_before_anything_is_booked(
+    make_job, monkeypatch
+):
+    for name, value in TOKEN.items():
+        monkeypatch.setenv(name, value)
+    job, told = make_job(), []
+
+    with ray_nodes(head_cpus=1) as nodes:
+        nodes.add(num_cpus=1, hides=job.scratch.parent)
+        cluster = ClusterConfig(address=nodes.address, workers=2, cpus_per_worker=1)
+        with pytest.raises(ClusterError) as caught:
+            RayTrainLauncher(cluster, SnapshotConfig(), print).train(job, told.append)
+
+    text = str(caught.value)
+    assert f"the cluster at {nodes.address} is not ready" in text
+    assert str(job.scratch) in text
+    assert "nonce: found no such file or directory" in text
+    assert len({line.split(": ")[0] for line in text.splitlines()[1:-1]}) == 1, "one node's"
+    assert not caught.value.is_transient
+    assert told == []
+    assert not list(job.scratch.glob("preflight-*"))
+
+
+def test_nodes_that_are_ready_are_found_so_and_one_that_does_not_answer_is_named(make_job):
+    job = make_job()
+    job.scratch.mkdir(parents=True)
+    with ray_nodes(head_cpus=1) as nodes:
+        second = nodes.add(num_cpus=1)
+        assert Asking(nodes, job, answer_s=60).error() is None
+        assert not list(job.scratch.glob("preflight-*"))
+
+        asking = Asking(nodes, job, answer_s=4)
+        raylet = raylet_of(second)
+        raylet.send_signal(signal.SIGSTOP)
+        try:
+            started = time.monotonic()
+            error = asking.error()
+            seconds = time.monotonic() - started
+        finally:
+            raylet.send_signal(signal.SIGCONT)
+
+    assert isinstance(error, LaunchError)
+    assert "it did not answer within 4 s" in str(error)
+    assert asking.own_node[:8] not in str(error)
+    assert seconds < 60, "it is not waited for until Ray gives it up"
+
+
+def raylet_of(session: int) -> psutil.Process:
+    (raylet,) = (
+        process
+        for process in map(psutil.Process, process_session.members(session))
+        if process.name() == "raylet"
+    )
+    return raylet
