@@ -62,4 +62,5 @@ def parsed(line: str) -> Reply | None:
 
 
 def _line(reply: Reply) -> str:
-    return reply.model_dump_json() + "\n"
+    """Return it in ASCII: models say U+2028 and the like, at which Python ends lines."""
+    return reply.model_dump_json(ensure_ascii=True) + "\n"
