@@ -8,8 +8,9 @@ from prefect.states import Failed
 
 from flows.planning import make_plan
 from qlora_core.artifacts import Facts, RegisteredModel
+from qlora_core.backends.in_process import InProcessLauncher
 from qlora_core.backends.memory import MemoryRegistry, MemoryTracker, RecordingProgress
-from qlora_core.config import ClusterConfig, RunConfig
+from qlora_core.config import ClusterConfig, RunConfig, SnapshotConfig
 from qlora_core.errors import DataError, LaunchError, ResourceError, UserError
 from qlora_core.ports import Services, stage
 from qlora_core.store import Store
@@ -191,3 +192,17 @@ def test_more_workers_than_this_machine_holds_are_found_before_any_work(config, 
         make_plan(many)
 
     assert open_workspace(elsewhere, MemoryTracker(), {}, Kept()).config == elsewhere
+
+
+def test_a_cluster_with_several_workers_evaluates_too_unless_the_run_trains_here(config):
+    def crew(launcher=None, **cluster):
+        changed = config.model_copy(update={"cluster": ClusterConfig(**cluster)})
+        with surrounded_by(Surroundings(RecordingProgress(), launcher)):
+            return open_workspace(changed, MemoryTracker(), {}, Kept()).services.crew
+
+    shared = {"address": "10.0.0.1:6379", "workers": 4}
+
+    assert crew(**shared).cluster == ClusterConfig(**shared)
+    assert crew(address="10.0.0.1:6379") is None
+    assert crew(workers=1) is None
+    assert crew(InProcessLauncher(SnapshotConfig()), **shared) is None
