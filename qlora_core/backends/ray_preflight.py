@@ -67,25 +67,32 @@ def require_ready(
     asked = {name: pair for name, pair in rooms.items() if pair[1] or name == own}
     with _meeting(errand, needs_gpu=gpus > 0) as question:
         answers = _Answers(question, list(asked), answer_s)
-        least_bytes, code = errand.least_bytes(), own_code()  # while they look around
+        of_all = _wanted_of_all(errand, gpus)  # takes seconds, in which they look around
         nodes = []
         for name, (node, room) in asked.items():
-            wanted = Wanted(
-                versions=own_versions(),
-                code=code,
-                num_workers=min(room, cluster.max_workers),
-                gpus_per_worker=gpus,
-                num_gpus=int(node["Resources"].get("GPU", 0)),
-                compute_dtype=errand.compute_dtype if gpus else "",
-                need_bytes=least_bytes,
-                smaller=errand.smaller,
-            )
+            counted = {
+                "num_workers": min(room, cluster.max_workers),
+                "num_gpus": int(node["Resources"].get("GPU", 0)),
+            }
             report, silence = answers.of(name)
             file = question.meeting / name
-            is_heard = _holds(file, question.nonce)
+            wanted, is_heard = of_all.model_copy(update=counted), _holds(file, question.nonce)
             nodes.append(Node(_called(node), report, silence, wanted, file, is_heard))
-        if error := readiness_error(nodes, str(cluster.address)):
-            raise error
+    if error := readiness_error(nodes, str(cluster.address)):
+        raise error
+
+
+def _wanted_of_all(errand: Errand, gpus: float) -> Wanted:
+    return Wanted(
+        versions=own_versions(),
+        code=own_code(),
+        num_workers=0,
+        gpus_per_worker=gpus,
+        num_gpus=0,
+        compute_dtype=errand.compute_dtype if gpus else "",
+        need_bytes=errand.least_bytes(),
+        smaller=errand.smaller,
+    )
 
 
 class _Answers:
