@@ -88,6 +88,7 @@ class RayTrainLauncher:
             snapshots=self.snapshots,
             launch=next_launch(job.scratch),
             log=_log_file(job),
+            cluster=self.cluster,
         )
         driver = self.waiting.take() or start_driver(self.cluster, spec.log)
         try:

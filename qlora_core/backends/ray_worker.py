@@ -44,6 +44,8 @@ class RaySpec(Frozen):
     launch: str
     log: Path
     """Where driver and workers write what they say."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Says where the base shall lie."""
 
     @property
     def error_file(self) -> Path:
@@ -106,7 +108,8 @@ def _train(spec: RaySpec, num_threads: int) -> None:
     if group.get_world_size() > 1:
         comm = TorchComm(device, group.get_local_world_size())
     lookout = Lookout(_is_preempted if is_preemption_watched() else never)
-    run_worker(spec.job, comm, spec.snapshots, spec.launch, device, lookout=lookout)
+    given = (spec.job, comm, spec.snapshots, spec.launch, device)
+    run_worker(*given, lookout=lookout, cluster=spec.cluster)
 
 
 def is_preemption_watched() -> bool:

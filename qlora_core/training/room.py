@@ -67,6 +67,8 @@ class Demand:
         max_length: Tokens of the longest row, where rows are not known.
         is_packed: Rows lie end to end.
         shares_prefix: What all rows of a lane begin with is computed once.
+        is_sharded: The base lies in parts on all workers.
+        offloads_base: Those lie in the memory of the GPUs' hosts.
     """
 
     shape: Shape
@@ -81,10 +83,13 @@ class Demand:
     max_length: int = 0
     is_packed: bool = True
     shares_prefix: bool = False
+    is_sharded: bool = False
+    offloads_base: bool = False
 
     def workload(self, num_rows: int, recompute: Recompute) -> Workload:
         """Return the largest pass of at most ``num_rows`` rows."""
         chunk, kept = self._largest(num_rows), self.quantization.keep_dequantized
+        keeps_dense = isinstance(kept, int) and not self.is_sharded
         keeps_pairs = self.device == "cpu" and self.compute_dtype == "float32" and self.is_packed
         pairs = [num_pairs_of(length) for length in chunk.lengths if length <= KEPT_KEYS]
         return Workload(
@@ -95,7 +100,9 @@ class Demand:
             compute_dtype=self.compute_dtype,
             num_lanes=min(self.num_lanes, len(chunk.lengths)),
             chunk_bytes=GPU_CHUNK_BYTES if self.device == "cuda" else CHUNK_BYTES,
-            dense_budget_bytes=kept if isinstance(kept, int) else 0,
+            num_shards=self.world_size if self.is_sharded else 0,
+            offloads_base=self.offloads_base and self.device == "cuda",
+            dense_budget_bytes=int(kept) if keeps_dense else 0,
             runtime_bytes=RUNTIME_BYTES if self.device == "cpu" else 0,
         )
 
@@ -208,7 +215,7 @@ def find_room(demand: Demand, memory_bytes: int) -> Room:
         need = demand.estimate(work).total
         if need <= usable:
             break
-    if demand.quantization.keep_dequantized == "auto":
+    if demand.quantization.keep_dequantized == "auto" and not demand.is_sharded:
         work = work.model_copy(update={"dense_budget_bytes": _spare(demand, usable - need)})
     return Room(num_rows, recompute, work, demand.estimate(work), fits=need <= usable)
 
