@@ -5,11 +5,11 @@ divides the base only if the memory plan finds no way to train with all of it on
 and all workers do as the least of them needs. Decided before a weight is loaded.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from qlora_core.config import ClusterConfig, QuantizationConfig
+from qlora_core.config import ClusterConfig
 from qlora_core.data.prepared import Rows
 from qlora_core.errors import ConfigError
 from qlora_core.modeling.dtypes import compute_dtype_name
@@ -19,9 +19,8 @@ from qlora_core.ports import TrainJob
 from qlora_core.training.batching import plan_training
 from qlora_core.training.comm import Comm
 from qlora_core.training.memory import memory_for_worker
-from qlora_core.training.room import Demand, find_room
-
-_PACKED = ("nf4", "fp4")
+from qlora_core.training.room import Demand
+from qlora_core.training.strategies import PACKED, strategy_needs
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _divided(comm: Comm, is_offloaded: bool, why: str, notes: list[str]) -> Plac
 
 
 def _obstacle(job: TrainJob) -> str:
-    if job.quantization.method not in _PACKED:
+    if job.quantization.method not in PACKED:
         return f"quantization.method={job.quantization.method}, only with 4-bit weights"
     if job.adapter.dora:
         return "adapter.dora=true, which starts from all weights"
@@ -99,9 +98,5 @@ def _obstacle(job: TrainJob) -> str:
 def _fits_whole(job: TrainJob, rows: Rows, comm: Comm, device: torch.device) -> bool:
     shape = shape_of(load_saved_config(job.base), job.quantization, job.adapter)
     demand = demand_of(job, shape, rows, comm, device, Placement())
-    # dequantised weights are kept only where there is room for them
-    quantization = QuantizationConfig.model_copy(
-        job.quantization, update={"keep_dequantized": "off"}
-    )
-    frugal = replace(demand, quantization=quantization)
-    return find_room(frugal, memory_for_worker(device, comm.local_size)).fits
+    ddp = strategy_needs(demand, memory_for_worker(device, comm.local_size))[0]
+    return ddp.fits
