@@ -7,10 +7,9 @@ computes. So a worker holds ``1 / W`` of the base and two blocks. What travels i
 a byte a weight, once forward and once backward; recomputing a layer in the backward pass asks for
 nothing more, as its block is there then.
 
-Why not PyTorch's FSDP2? It shards parameters, all of a group in one dtype, and reduces their
-gradients. The base has none, and its scales are no parameters. What is left of FSDP is the
-all-gather; the adapter is small, whole on every worker, and its gradients are summed as always
-(docs/adr/0007).
+Why not PyTorch's FSDP2? What is left of it for frozen weights is the all-gather: the adapter is
+small, whole on every worker, and its gradients are summed as always. And bitsandbytes' parameter,
+which carries its scales, does not survive being sharded by it (docs/adr/0007).
 
 How a block comes and goes without anybody noticing: all its packed weights are views of one buffer.
 Letting go shrinks the buffer's *storage* to nothing, and coming back grows and fills it. What
@@ -134,7 +133,7 @@ class ShardedBase:
         def before(*_: Any) -> None:
             if place == 0 and self._is_stray and not self._is_here(0):
                 self._open(goes_back=False)
-            self._come(place)
+            self._come(place, len(self._blocks))
 
         def after(_module: nn.Module, _inputs: Any, output: Any) -> None:
             self._call_back(place, output)
@@ -187,11 +186,16 @@ class ShardedBase:
     def _is_here(self, place: int) -> bool:
         return self._at >= 0 and self._route[self._at] == place
 
-    def _come(self, place: int) -> None:
-        """Have a block here: it is, when the pass turns round or a layer is recomputed."""
+    def _come(self, place: int, end: int) -> None:
+        """Have a block here: it is, when the pass turns round or a layer is recomputed.
+
+        Args:
+            place: Of the block.
+            end: Of the part of the route that is walked now: forth, or to its end.
+        """
         if self._is_here(place):
             return
-        following = self._route[self._at + 1 : self._at + 2]
+        following = self._route[self._at + 1 : end][:1]
         if following != [place]:
             raise ModelError(
                 f"Block {place} of the model computes when "
@@ -226,7 +230,7 @@ class ShardedBase:
         outputs = output if isinstance(output, tuple) else (output,)
         for tensor in outputs:
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(lambda _: self._come(place))  # type: ignore[no-untyped-call]
+                tensor.register_hook(lambda _: self._come(place, len(self._route)))  # type: ignore[no-untyped-call]
                 return
 
 

@@ -19,6 +19,10 @@ from qlora_core.errors import LaunchError
 from qlora_core.modeling.sharding import Waitable
 
 
+# torch 2.13 gave it this name and warns of the other
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Comm(Protocol):
     """One worker's line to the others. All workers make the same calls in the same order."""
 
@@ -119,7 +123,7 @@ class TorchComm:
     def gather_parts(self, whole: Tensor, part: Tensor) -> Waitable:
         """Begin to fill ``whole`` with every worker's ``part``, by rank."""
         with _losses_told(self.rank):
-            work = dist.all_gather_into_tensor(whole, part, async_op=True)
+            work = _gather_into(whole, part, async_op=True)
         assert work is not None  # noqa: S101  # as it is asynchronous
         return _Underway(work, self.rank)
 

@@ -70,20 +70,27 @@ def place_base(
                 f"cluster.strategy=fsdp does not work with {why}.",
                 fix="Set cluster.strategy=ddp; or quantization.method=nf4, adapter.dora=false.",
             )
-        return _divided(comm, is_offloaded, "cluster.strategy=fsdp", notes)
+        return _divided(job, comm, is_offloaded, "cluster.strategy=fsdp", notes)
     if cluster.strategy == "ddp" or comm.world_size == 1 or _obstacle(job):
         return Placement()
     if all(comm.gather(_fits_whole(job, rows, comm, device))):
         return Placement()
-    return _divided(comm, is_offloaded, "cluster.strategy=auto: it does not fit whole", notes)
+    why = "cluster.strategy=auto: it does not fit whole"
+    return _divided(job, comm, is_offloaded, why, notes)
 
 
-def _divided(comm: Comm, is_offloaded: bool, why: str, notes: list[str]) -> Placement:
+def _divided(
+    job: TrainJob, comm: Comm, is_offloaded: bool, why: str, notes: list[str]
+) -> Placement:
     if comm.world_size == 1 and not is_offloaded:
         notes.append("cluster.strategy=fsdp ran as ddp: there is one worker, which has all parts.")
         return Placement()
     where = "in the hosts' memory" if is_offloaded else "on all workers"
     notes.append(f"The base lies in {comm.world_size} parts {where} ({why}).")
+    if isinstance(job.quantization.keep_dequantized, int):
+        notes.append(
+            "quantization.keep_dequantized ran as off: a base in parts is dequantised in each pass."
+        )
     return Placement(is_sharded=True, is_offloaded=is_offloaded)
 
 

@@ -150,8 +150,8 @@ class _Watch:
         run = self._run
         assert run is not None
         blocks = blocks_of(run.model)
-        held = {id(s): s.nbytes() for block in blocks for s in _storages(block)}
-        own = sum(held.values()) + (run.base.part_bytes if run.base else 0)
+        held_bytes = sum(s.nbytes() for block in blocks for s in _storages(block))
+        own = held_bytes + (run.base.part_bytes if run.base else 0)
         return Seen(
             notes=tuple(run.loss.notes),
             held_bytes=own,
