@@ -137,7 +137,7 @@ class _System:
     def _shard_by_torch(self) -> int:
         for module in list(self.model.modules()):
             if isinstance(module, _Adapted):
-                module.base = _Plain4bit(module.base)  # type: ignore[arg-type]
+                module.base = _Plain4bit(module.base)
         mine = set(self.model.adapters)
         for block in self.model.layers:
             fully_shard(block, ignored_params=mine)
@@ -145,7 +145,7 @@ class _System:
         self._count_gathers()
         packed = [p for p in self.model.parameters() if not p.requires_grad]
         scales = sum(_scale_bytes(m.state) for m in self.model.modules() if type(m) is _Plain4bit)
-        return sum(p.to_local().nbytes for p in packed) + scales
+        return sum(p.to_local().nbytes for p in packed) + scales  # type: ignore[attr-defined]
 
     def _count_gathers(self) -> None:
         for name in ("all_gather_into_tensor", "all_gather_single"):

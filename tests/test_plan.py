@@ -286,8 +286,8 @@ def test_the_plans_memory_is_of_the_strategy_that_workers_will_choose(
     [
         ("8b", 8, True, True, "ddp"),
         ("70b", 8, True, True, "ddp"),
-        ("405b", 4, False, True, "fsdp"),
-        ("405b", 2, False, False, "fsdp"),
+        ("405b", 8, False, True, "fsdp"),
+        ("405b", 4, False, False, "fsdp"),
     ],
 )
 def test_a_published_size_is_planned_without_a_model(size, workers, ddp_fits, fsdp_fits, chosen):
@@ -299,6 +299,18 @@ def test_a_published_size_is_planned_without_a_model(size, workers, ddp_fits, fs
     assert [need.fits for need in made.strategies] == [ddp_fits, fsdp_fits]
     assert made.chosen == chosen
     assert ShapePlan.model_validate_json(made.model_dump_json()) == made
+
+
+def test_parts_in_the_hosts_memory_let_a_70b_model_fit_two_small_gpus():
+    shape = shape_of(published_config("70b"), recipe().quantization, recipe().adapter)
+    small = H100.model_copy(update={"memory_bytes": 24 * 10**9})
+
+    def fits(**cluster: object) -> bool:
+        config = recipe(cluster={"workers": 2, **cluster})
+        return plan_shape(config, model="70b", shape=shape, device=small).strategies[1].fits
+
+    assert not fits()
+    assert fits(offload_base=True)
 
 
 def test_a_plan_is_plain_data():

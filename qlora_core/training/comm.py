@@ -18,7 +18,6 @@ from torch import Tensor
 from qlora_core.errors import LaunchError
 from qlora_core.modeling.sharding import Waitable
 
-
 # torch 2.13 gave it this name and warns of the other
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 

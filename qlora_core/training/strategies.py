@@ -11,7 +11,6 @@ from qlora_core.config import ClusterConfig
 from qlora_core.modeling.memory import MemoryEstimate, Recompute
 from qlora_core.training.room import Demand, find_room
 
-
 PACKED = ("nf4", "fp4")
 """Methods whose weights can be divided; others are floating point, or have scales of their own."""
 
