@@ -146,9 +146,10 @@ def plan_run(
     training = training_size(config, prepared, raw)
     demand = _demand(config, training, device, shape, rows, num_cores)
     memory_bytes = device.memory_bytes // _sharing(config, device)
-    needs = strategy_needs(demand, memory_bytes)
+    needs, divided = strategy_needs(demand, memory_bytes), []
     if is_sharded(config.cluster, needs):
         demand = replace(demand, is_sharded=True, num_lanes=1)
+        divided = [f"The base lies in {demand.world_size} parts (cluster.strategy)."]
     room = find_room(demand, memory_bytes)
     return Plan(
         name=config.name,
@@ -160,7 +161,7 @@ def plan_run(
         workload=room.workload,
         memory=_estimates(config, shape, room),
         strategies=needs,
-        notes=(*_notes(training), *room.notes(config.training)),
+        notes=(*_notes(training), *divided, *room.notes(config.training)),
     )
 
 

@@ -277,6 +277,7 @@ def test_the_plans_memory_is_of_the_strategy_that_workers_will_choose(
     made = plan(recipe(cluster={"workers": 4, "strategy": strategy}), device=small)
 
     assert bool(made.memory[0].gathered) is is_sharded
+    assert any("in 4 parts" in note for note in made.notes) is is_sharded
     if is_sharded:
         assert made.memory[0].dense == 0
 
