@@ -16,6 +16,7 @@ from qlora_core.config import (
     AdapterConfig,
     ClusterConfig,
     QuantizationConfig,
+    SnapshotConfig,
     TrainingConfig,
 )
 from qlora_core.data.prepared import IGNORED, TokenRow, write_split
@@ -28,8 +29,10 @@ from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.journal import CURVE_FILE
 from qlora_core.training.placing import place_base
 from qlora_core.training.together import cut_alike
+from qlora_core.training.worker import run_worker
 from tests.tiny import bring_own_code, make_tiny_llama
 from tests.training.conftest import SMALL, make_rows, write_base
+from tests.training.fakes import run_on_threads
 from tests.training.two_workers import Scene, Seen, play, seen
 
 CPU = torch.device("cpu")
@@ -242,6 +245,20 @@ def test_a_model_without_blocks_of_4_bit_layers_is_refused():
         blocks_of(nn.Sequential(nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8)])))
 
     assert "cluster.strategy=ddp" in str(refused.value)
+
+
+def test_a_block_whose_bytes_three_workers_cannot_share_evenly_trains_the_same(make_job):
+    def losses(name: str, cluster: ClusterConfig) -> list[float]:
+        job, steps = make_job(name, max_steps=2), []
+        run_on_threads(
+            3,
+            lambda comm: run_worker(
+                job, comm, SnapshotConfig(), "0001", CPU, steps.append, cluster=cluster
+            ),
+        )
+        return [step.loss for step in steps]
+
+    assert losses("parts", FSDP) == pytest.approx(losses("whole", DDP), rel=1e-6)
 
 
 def placed(make_job, cluster, monkeypatch=None, memory=10**12, world=2, **parts):
