@@ -8,12 +8,13 @@ again. A lost peer is left to Ray.
 import os
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qlora_core.artifacts import Frozen
+from qlora_core.artifacts import Frozen, Incident
 from qlora_core.config import ClusterConfig, SnapshotConfig
-from qlora_core.errors import QLoraError, StoreError, TrainingError
+from qlora_core.errors import CollectiveError, QLoraError, StoreError, TrainingError
 from qlora_core.ports import TrainJob
 
 _POLL_S = 0.05
@@ -85,6 +86,8 @@ def train_on_worker(plain: dict[str, Any]) -> None:
     except QLoraError as error:
         if not error.is_transient:
             _leave(spec, error)
+        elif isinstance(error, CollectiveError):
+            _note(spec, error)
         raise
     except Exception as error:
         unknown = _unforeseen(error, spec)
@@ -131,6 +134,19 @@ def _leave(spec: RaySpec, error: QLoraError) -> None:
         replace_durably(spec.error_file, canonical_json(error.to_json()).encode())
     except StoreError:
         return  # no room for it; Ray brings the error to the driver, only later
+
+
+def _note(spec: RaySpec, error: CollectiveError) -> None:
+    from qlora_core.training.incidents import note
+
+    incident = Incident(
+        kind="collective",
+        what=error.what.partition("\n")[0][:300],
+        remedy="New workers go on from the last snapshot.",
+        launch=spec.launch,
+    )
+    with suppress(StoreError):
+        note(spec.job.scratch, incident)
 
 
 def _unforeseen(error: Exception, spec: RaySpec) -> TrainingError:

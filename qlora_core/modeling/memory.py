@@ -95,7 +95,8 @@ class MemoryEstimate(Frozen):
     activations: int
     """Kept for the backward pass (approximate)."""
     logits: int
-    """Logits and loss at supervised positions (approximate)."""
+    """Logits and loss at supervised positions (approximate); with recomputed layers what they take
+    beyond `workspace`, as they are gone before it is needed."""
     workspace: int
     """The largest layer's weight, dequantised for its product, and its gradients (approximate)."""
     gathered: int = 0
@@ -249,6 +250,10 @@ def _with_adapter(
     if quantization.method in ("nf4", "fp4"):
         unpacked = work.compute_bytes * sum(group.num_weights for group in quantized)
         dense = min(unpacked, work.dense_budget_bytes)
+    logits = _chunk_bytes(shape, work) if is_fused else _logits_bytes(shape, work)
+    block = (_block_bytes if is_fused else _input_gradient_bytes)(shape, work)
+    if work.recompute != "nothing":  # the loss lets go before a layer is computed again
+        logits = max(0, logits - block)
     return MemoryEstimate(
         strategy=strategy,
         weights=weights,
@@ -258,9 +263,8 @@ def _with_adapter(
         gradients=FLOAT * sum(sizes),
         optimizer=moments,
         activations=_activation_bytes(shape, adapter, work, is_fused=is_fused),
-        logits=_chunk_bytes(shape, work) if is_fused else _logits_bytes(shape, work),
-        workspace=_weight_bytes(shape, work, quantized, dense)
-        + (_block_bytes if is_fused else _input_gradient_bytes)(shape, work),
+        logits=logits,
+        workspace=_weight_bytes(shape, work, quantized, dense) + block,
         gathered=gathered,
         dense=dense,
         runtime=work.runtime_bytes,

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qlora_core.errors import LaunchError
+from qlora_core.errors import CollectiveError
 from qlora_core.modeling.sharding import Waitable
 
 # torch 2.13 gave it this name and warns of the other
@@ -91,7 +91,7 @@ class TorchComm:
         device: Where the group's collectives work: this worker's GPU with nccl, else the CPU.
         local_size: Number of workers on this machine.
 
-    A collective that fails means that another worker is gone, so it raises `LaunchError`, which
+    A collective that fails means that another worker is gone, so it raises `CollectiveError`, which
     the launcher answers with a new group of workers.
     """
 
@@ -154,7 +154,7 @@ def _losses_told(rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LaunchError(
+        raise CollectiveError(
             f"worker {rank} lost the others: {error}",
             why="A worker or its node died, or did not answer in time.",
         ) from error

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from qlora_core.config import TrainingConfig
 from qlora_core.data.prepared import Rows
-from qlora_core.errors import TrainingError
+from qlora_core.errors import NotFiniteError
 from qlora_core.modeling.offload import kept_on_host
 from qlora_core.modeling.sharding import ShardedBase
 from qlora_core.ports import StepMetrics
@@ -259,7 +259,7 @@ def _require_finite(run: Run, step: int, name: str, value: float) -> None:
         return
     rate = learning_rate(step, run.plan.num_steps, run.config)
     is_short = next(run.model.parameters()).dtype != torch.float32
-    raise TrainingError(
+    raise NotFiniteError(
         f"The {name} is {value} at step {step} (learning rate {rate:.3g}).",
         why="Every later step would be as broken; the last snapshot is not.",
         fix=f"Lower training.learning_rate (try {min(run.config.learning_rate / 3, 2e-4):.1g}), or "

@@ -35,6 +35,8 @@ from qlora_core.training.collation import common_prefix
 
 RUNTIME_BYTES = 950_000_000
 """Resident memory of a worker on a CPU without a model: Python, torch, transformers, Ray."""
+LEAN_RUNTIME_BYTES = 800_000_000
+"""The same where freed memory is given back at once (`modeling.heap`): with recomputing."""
 USABLE = 0.9
 """Of a device: the rest goes to fragmentation, and to others."""
 
@@ -69,6 +71,7 @@ class Demand:
         shares_prefix: What all rows of a lane begin with is computed once.
         is_sharded: The base lies in parts on all workers.
         offloads_base: Those lie in the memory of the GPUs' hosts.
+        num_halvings: How often a pass has turned out to be too large before.
     """
 
     shape: Shape
@@ -85,6 +88,12 @@ class Demand:
     shares_prefix: bool = False
     is_sharded: bool = False
     offloads_base: bool = False
+    num_halvings: int = 0
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of a pass, at most."""
+        return max(1, self.training.micro_batch >> self.num_halvings)
 
     def workload(self, num_rows: int, recompute: Recompute) -> Workload:
         """Return the largest pass of at most ``num_rows`` rows."""
@@ -103,8 +112,13 @@ class Demand:
             num_shards=self.world_size if self.is_sharded else 0,
             offloads_base=self.offloads_base and self.device == "cuda",
             dense_budget_bytes=int(kept) if keeps_dense else 0,
-            runtime_bytes=RUNTIME_BYTES if self.device == "cpu" else 0,
+            runtime_bytes=self._runtime_bytes(recompute),
         )
+
+    def _runtime_bytes(self, recompute: Recompute) -> int:
+        if self.device == "cuda":
+            return 0
+        return RUNTIME_BYTES if recompute == "nothing" else LEAN_RUNTIME_BYTES
 
     def estimate(self, work: Workload) -> MemoryEstimate:
         """Return what such a pass needs."""
@@ -221,7 +235,7 @@ def find_room(demand: Demand, memory_bytes: int) -> Room:
 
 
 def _ways(demand: Demand) -> Iterator[tuple[int, Recompute]]:
-    most, wanted = demand.training.micro_batch, demand.training.checkpointing
+    most, wanted = demand.most_rows, demand.training.checkpointing
     if wanted != "auto":
         has_host = demand.device == "cuda"
         way = "layers" if wanted == "offload" and not has_host else _FIXED[wanted]

@@ -17,11 +17,13 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from qlora_core.artifacts import Incident
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.data.prepared import Rows, read_split
 from qlora_core.errors import DataError, ModelError, ResourceError
 from qlora_core.modeling.dense import dense_weights
 from qlora_core.modeling.fusing import always_here, fused
+from qlora_core.modeling.heap import give_back_at_once
 from qlora_core.modeling.kernels import find_kernels, sizes_of
 from qlora_core.modeling.loading import load_base, quiet
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
@@ -35,6 +37,8 @@ from qlora_core.training import snapshot
 from qlora_core.training.batching import Plan, plan_training
 from qlora_core.training.comm import Comm
 from qlora_core.training.desk import LastWord, job_fingerprint, open_desk
+from qlora_core.training.incidents import count, note
+from qlora_core.training.killed import killed_since_last_start
 from qlora_core.training.lanes import open_lanes
 from qlora_core.training.lookout import Lookout
 from qlora_core.training.loop import Position, Run, train
@@ -81,7 +85,8 @@ def run_worker(
     notes: list[str] = []
     lookout = lookout or Lookout()
     with _memory_errors():
-        run = _prepare(job, comm, device, notes, cluster)
+        num_halvings = _agree_on_halvings(job, comm, launch, notes)
+        run = _prepare(job, comm, device, notes, cluster, num_halvings)
         position, steps = _go_on(run, job, notes)
         if comm.rank == 0:
             desk = open_desk(run, job, snapshots, launch, position.step, steps, notes)
@@ -107,8 +112,36 @@ def plan_of(job: TrainJob, num_rows: int) -> Plan:
     return plan_training(job.training, job.seed, num_rows)
 
 
+def _agree_on_halvings(job: TrainJob, comm: Comm, launch: str, notes: list[str]) -> int:
+    """Return how often passes were too large so far, now that all workers have looked around.
+
+    Raises:
+        ResourceError: They have one row already.
+    """
+    told = comm.gather(killed_since_last_start(job.scratch, launch, comm.rank))
+    num_halvings: int = comm.broadcast(count(job.scratch, "out_of_memory")) + any(told)
+    if job.training.micro_batch >> num_halvings == 0 and num_halvings:
+        raise ResourceError(
+            "A worker was killed for its memory, though passes have a single row.", fix=SMALLER
+        )
+    if comm.rank == 0 and any(told):
+        incident = Incident(
+            kind="out_of_memory",
+            what=f"The kernel killed worker {told.index(True)} or its neighbour for memory.",
+            remedy=f"Passes have at most {job.training.micro_batch >> num_halvings} rows.",
+            launch=launch,
+        )
+        notes.append(note(job.scratch, incident).sentence())
+    return num_halvings
+
+
 def _prepare(
-    job: TrainJob, comm: Comm, device: torch.device, notes: list[str], cluster: ClusterConfig
+    job: TrainJob,
+    comm: Comm,
+    device: torch.device,
+    notes: list[str],
+    cluster: ClusterConfig,
+    num_halvings: int,
 ) -> Run:
     train_rows, heldout = read_split(job.data, "train"), read_split(job.data, "heldout")
     if not len(train_rows) or not len(heldout):
@@ -123,7 +156,8 @@ def _prepare(
     else:
         loaded = load_base(job.base, device)
     model = attach_adapter(loaded, job.adapter, job.seed)
-    return assemble(job, model, (train_rows, heldout), comm, device, notes, base)
+    rows = (train_rows, heldout)
+    return assemble(job, model, rows, comm, device, notes, num_halvings, base)
 
 
 def assemble(
@@ -133,6 +167,7 @@ def assemble(
     comm: Comm,
     device: torch.device,
     notes: list[str],
+    num_halvings: int = 0,
     base: ShardedBase | None = None,
 ) -> Run:
     """Return what `train` takes, the ways that work for this model and device found by trying.
@@ -144,6 +179,7 @@ def assemble(
         comm: The line to the other workers.
         device: Where this worker's model lives.
         notes: Where it is said what had to be done the slow way.
+        num_halvings: How often passes were too large before.
         base: The model's base, if it is sharded.
     """
     train_rows, heldout = rows
@@ -152,8 +188,8 @@ def assemble(
         torch.cuda.reset_peak_memory_stats(device)
     place = Placement(base is not None, base is not None and base.is_offloaded)
     demand = demand_of(job, _shape(model, job), train_rows, comm, device, place)
-    room = _find_room(demand, comm, loss, device)
-    _set_checkpointing(model, job, room.recompute)
+    room = _find_room(replace(demand, num_halvings=num_halvings), comm, loss, device)
+    _set_checkpointing(model, job, room.recompute, device)
     parameters = trainable_parameters(model)
     return Run(
         model=model,
@@ -207,7 +243,9 @@ def _find_room(demand: Demand, comm: Comm, loss: LossFunction, device: torch.dev
     return room
 
 
-def _set_checkpointing(model: PeftModel, job: TrainJob, recompute: Recompute) -> None:
+def _set_checkpointing(
+    model: PeftModel, job: TrainJob, recompute: Recompute, device: torch.device
+) -> None:
     if recompute == "nothing":
         return
     if not model.supports_gradient_checkpointing:
@@ -217,6 +255,8 @@ def _set_checkpointing(model: PeftModel, job: TrainJob, recompute: Recompute) ->
         )
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
+    if device.type == "cpu":  # kept inputs between short-lived tensors make a heap of mostly holes
+        give_back_at_once()
 
 
 def _go_on(run: Run, job: TrainJob, notes: list[str]) -> tuple[Position, list[StepMetrics]]:

@@ -21,8 +21,9 @@ from qlora_core.backends.ray_address import require_ray
 from qlora_core.backends.ray_process import start_driver
 from qlora_core.backends.ray_train import RayTrainLauncher
 from qlora_core.config import ClusterConfig, SnapshotConfig
-from qlora_core.errors import ResourceError, TrainingError, UserError
+from qlora_core.errors import NotFiniteError, QLoraError, ResourceError, UserError
 from qlora_core.ports import StepMetrics, TrainJob
+from qlora_core.training.incidents import history
 
 pytestmark = pytest.mark.usefixtures("one_thread", "processes_before")
 SNAPSHOTS = SnapshotConfig(every_steps=5)
@@ -107,13 +108,26 @@ def test_a_lost_driver_is_started_again(make_job):
 
 
 @pytest.mark.ray
-def test_an_error_of_a_worker_arrives_as_what_it_is_and_is_not_retried(broken_base, make_job):
+def test_a_loss_that_stays_without_a_number_is_tried_once_more_and_told(broken_base, make_job):
     job = make_job().model_copy(update={"base": broken_base})
 
-    with pytest.raises(TrainingError, match="at step"):
+    with pytest.raises(NotFiniteError, match="(?s)at step 1.*came back after going on"):
         train_on_ray(job, workers=1)
 
+    assert [incident.kind for incident in history(job.scratch)] == ["not_finite"]
     assert (job.scratch / "ray.log").is_file()
+    assert ours() == []
+
+
+@pytest.mark.ray
+def test_an_error_of_a_worker_arrives_as_what_it_is_and_is_not_retried(make_job, tmp_path):
+    job = make_job().model_copy(update={"data": tmp_path / "nothing"})
+
+    with pytest.raises(QLoraError, match="nothing") as caught:
+        train_on_ray(job, workers=1)
+
+    assert not caught.value.is_transient
+    assert history(job.scratch) == ()
     assert ours() == []
 
 

@@ -290,11 +290,12 @@ def test_a_70b_model_fits_one_80_gb_gpu_with_qlora_alone():
     assert planned["full"].total > 1100 * GB
 
 
-def test_checkpointing_and_micro_batches_move_activations_alone():
+def test_checkpointing_moves_activations_and_logits_that_are_gone_before_it_alone():
     off, on = total(LLAMA_8B, False)["qlora"], total(LLAMA_8B, True)["qlora"]
 
     assert on.activations < off.activations / 10
-    assert on.model_copy(update={"activations": off.activations}) == off
+    assert on.logits + on.workspace == max(off.logits, off.workspace)
+    assert on.model_copy(update={"activations": off.activations, "logits": off.logits}) == off
 
 
 def test_activations_grow_with_tokens_and_logits_with_supervised_ones():
