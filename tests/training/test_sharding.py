@@ -183,7 +183,7 @@ def test_a_worker_without_memory_for_a_single_row_ends_the_run_on_all(stage):
 
 
 def test_a_worker_that_dies_within_a_pass_is_reported_by_the_other(stage):
-    assert "LaunchError" in stage.seen("death").error
+    assert "CollectiveError" in stage.seen("death").error
 
 
 def test_all_workers_make_the_same_number_of_passes_whatever_rows_they_have():
