@@ -11,7 +11,8 @@ keeps weights dequantised. Should a pass run out of memory all the same, `Room.s
 the way. Neither changes the result: a step has the same rows, and its gradients are the same sums,
 in another order.
 
-`qlora plan` and the worker call the same function, so what a plan says is what a worker does.
+`qlora plan` and the worker call the same function, so what a plan says is what a worker does, if it
+finds the memory that the plan counted on: a plan knows what a machine has, a worker what is free.
 """
 
 import math
