@@ -309,7 +309,10 @@ def _estimates(config: RunConfig, shape: Shape, room: Room) -> tuple[MemoryEstim
 
 
 def _notes(training: TrainingSize | None) -> list[str]:
-    notes = ["Activations, logits and dense weights are approximate; all other memory is exact."]
+    notes = [
+        "Weights, constants, adapter, gradients and optimizer are exact; all other memory is "
+        "approximate."
+    ]
     if training is None:
         notes.append("Nothing is known of the rows yet, so steps and tokens are left open.")
     elif not training.is_exact:

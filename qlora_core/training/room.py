@@ -11,7 +11,8 @@ keeps weights dequantised. Should a pass run out of memory all the same, `Room.s
 the way. Neither changes the result: a step has the same rows, and its gradients are the same sums,
 in another order.
 
-`qlora plan` and the worker call the same function, so what a plan says is what a worker does.
+`qlora plan` and the worker call the same function, so what a plan says is what a worker does, if it
+finds the memory that the plan counted on: a plan knows what a machine has, a worker what is free.
 """
 
 import math
@@ -35,8 +36,6 @@ from qlora_core.training.collation import common_prefix
 
 RUNTIME_BYTES = 950_000_000
 """Resident memory of a worker on a CPU without a model: Python, torch, transformers, Ray."""
-LEAN_RUNTIME_BYTES = 800_000_000
-"""The same where freed memory is given back at once (`modeling.heap`): with recomputing."""
 USABLE = 0.9
 """Of a device: the rest goes to fragmentation, and to others."""
 
@@ -112,13 +111,8 @@ class Demand:
             num_shards=self.world_size if self.is_sharded else 0,
             offloads_base=self.offloads_base and self.device == "cuda",
             dense_budget_bytes=int(kept) if keeps_dense else 0,
-            runtime_bytes=self._runtime_bytes(recompute),
+            runtime_bytes=RUNTIME_BYTES if self.device == "cpu" else 0,
         )
-
-    def _runtime_bytes(self, recompute: Recompute) -> int:
-        if self.device == "cuda":
-            return 0
-        return RUNTIME_BYTES if recompute == "nothing" else LEAN_RUNTIME_BYTES
 
     def estimate(self, work: Workload) -> MemoryEstimate:
         """Return what such a pass needs."""
