@@ -61,8 +61,8 @@ def main() -> int:
     wish = Wish(found_gsm8k(options.gsm8k), _NUM_ROWS, _SMALLEST_BATCH, dtype)
     workload = found_workload(wish)
     settings = [Setting(micro_batch) for micro_batch in options.micro_batches]
-    largest = max(options.micro_batches)
-    settings += [Setting(largest, checkpointing="on"), Setting(largest, keep_dequantized="off")]
+    settings += [Setting(micro_batch, checkpointing="on") for micro_batch in options.micro_batches]
+    settings += [Setting(max(options.micro_batches), keep_dequantized="off")]
     peaks = []
     print("micro-batch  checkpointing  dequantised  planned GB  measured GB  difference")
     for setting in settings:

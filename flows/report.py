@@ -206,6 +206,7 @@ def _adapter_line(facts: AdapterCheckpoint) -> str:
         f"{facts.num_steps_planned} steps{stopped}; loss {facts.train_loss:.3f}, held out "
         f"{facts.heldout_loss:.3f}; {facts.tokens_per_s:.0f} tok/s, "
         f"{size(facts.peak_memory_bytes)} at the peak{predicted}{resumed}"
+        + "".join(f"\n{incident.sentence()}" for incident in facts.incidents)
     )
 
 

@@ -60,6 +60,8 @@ def log_result(tracker: Tracker, record: RunRecord, result: RunResult, folder: P
     for step in curve:
         tracker.log_metrics(tracked_point(step), step.step)
     tracker.set_tags({f"key.{role}": ref.key for role, ref in record.artifacts.items()})
+    if incidents := result.adapter.facts.incidents:
+        tracker.set_tags({"qloraflow.incidents": "\n".join(i.sentence() for i in incidents)})
     (folder / "report.md").write_text(page(result), "utf-8")
     tracker.log_file(folder / "report.md")
     for picture in _draw(result, curve, folder / "plots"):
@@ -78,6 +80,7 @@ def _final_metrics(result: RunResult) -> Iterator[tuple[str, float]]:
     yield "train/peak_memory_bytes", trained.peak_memory_bytes
     yield "train/predicted_peak_bytes", trained.predicted_peak_bytes
     yield "train/rows_per_pass", trained.num_rows_per_pass
+    yield "train/num_incidents", len(trained.incidents)
     yield "base/quantisation_error", result.base.facts.mean_relative_error
     yield "base/bits_per_parameter", result.base.facts.bits_per_parameter
 

@@ -113,6 +113,36 @@ class QuantizedBase(Facts):
     notes: tuple[str, ...] = ()
 
 
+IncidentKind = Literal[
+    "out_of_memory",
+    "collective",
+    "not_finite",
+    "lost_worker",
+    "lost_driver",
+    "resized",
+    "storage",
+    "preemption",
+]
+
+
+class Incident(Frozen):
+    """A fault that training met, or a warning it got, and what was done about it."""
+
+    kind: IncidentKind
+    what: str
+    remedy: str
+    step: int | None = None
+    """The last step that was done, as far as is known."""
+    launch: str = ""
+    """Of the training's processes that met it; a new launch has new processes."""
+    unix_time: float = 0.0
+
+    def sentence(self) -> str:
+        """Say it to a person."""
+        place = "" if self.step is None else f" after step {self.step}"
+        return f"{self.kind.replace('_', ' ').capitalize()}{place}: {self.what} {self.remedy}"
+
+
 class AdapterCheckpoint(Facts):
     """LoRA weights in PEFT's format, and `curve.jsonl`: a StepMetrics a line, without what a clock
     measured, so that the same training has the same digest."""
@@ -146,6 +176,8 @@ class AdapterCheckpoint(Facts):
     """1 without interruption."""
     resumed_at: tuple[int, ...] = ()
     """Steps at which later attempts went on."""
+    incidents: tuple[Incident, ...] = ()
+    """What went wrong on the way, in order."""
     notes: tuple[str, ...] = ()
 
 

@@ -11,8 +11,11 @@
     |  |- ResourceError           asked for more memory, devices or workers than there are
     |  '- ClusterError            nodes of the cluster; carries *all* their problems at once
     |- ArtifactError              an artefact is damaged, or is not what the caller took it for
-    |- TrainingError              training cannot go on: the loss is not finite, say
+    |- TrainingError              training cannot go on
+    |  '- NotFiniteError          the loss or a gradient is NaN or infinite
     '- LaunchError                workers or servers were lost: worth another try
+       |- CollectiveError         a message between workers failed
+       '- KilledError             a process was killed for the memory it took
 
 Errors cross process borders (Ray workers, the training driver, Prefect), so each is rebuilt from
 its plain fields by pickle and by `to_json`/`from_json`, and none keeps an exception object inside.
@@ -97,10 +100,22 @@ class TrainingError(QLoraError):
     """Training cannot go on."""
 
 
+class NotFiniteError(TrainingError):
+    """The loss or a gradient is NaN or infinite."""
+
+
 class LaunchError(QLoraError):
     """Workers or servers were lost or never came; the same call may succeed later."""
 
     is_transient = True
+
+
+class CollectiveError(LaunchError):
+    """A message between workers failed, or took too long."""
+
+
+class KilledError(LaunchError):
+    """A process was killed for the memory it took."""
 
 
 def from_json(fields: dict[str, str]) -> QLoraError:

@@ -100,7 +100,7 @@ def streaming_lines(found: streaming.Streaming) -> Iterator[str]:
 def orchestration_lines(found: orchestration.Orchestration) -> Iterator[str]:
     """Say what is added to a run and to a step."""
     yield f"\nOrchestration: seconds added to a run (wall; at most {orchestration.LIMIT_S:.0f})"
-    for name, told in (("cold", "servers start"), ("warm", "servers are there")):
+    for name, told in (("cold", "first on a machine"), ("warm", "servers are there")):
         wall, cpu = found.added_wall_s[name], found.added_cpu_s[name]
         yield f"  {told:18} {_told(wall, 1)}; CPU {_told(cpu, 1)}"
     yield (

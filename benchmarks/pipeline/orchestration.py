@@ -1,9 +1,10 @@
 """What Prefect, Ray, MLflow and the store add to a run, and to a training step.
 
-The same recipe on a tiny model: with `qlora run`, in a home of its own whose servers have to start
-first (cold) and then, with another seed, on the servers that are there (warm); and stage by stage
-in one process (`plainly`). All three import everything anew; so that none of them pays for reading
-packages from the disk, all are imported, and the stages run once, before anything is measured.
+The same recipe on a tiny model: with `qlora run`, in a home of its own, where the servers have to
+start first and MLflow's database has to be made (cold), and then, with another seed, on the servers
+and the database that are there (warm); and stage by stage in one process (`plainly`). All three
+import everything anew; so that none of them pays for reading packages from the disk, all are
+imported, and the stages run once, before anything is measured.
 """
 
 import json
@@ -49,9 +50,9 @@ class Run:
     """One recipe."""
 
     cold: Taken
-    """`qlora run`, servers included."""
+    """`qlora run` as the first on a machine."""
     warm: Taken
-    """`qlora run`, on servers that are there."""
+    """`qlora run`, on servers and a database that are there; nothing else is."""
     plain: Taken
     """All stages one after the other in one process."""
     stages_s: dict[str, float]
@@ -137,6 +138,7 @@ def _run(work: Path, number: int) -> Run:
             warm = _qlora(
                 environment, "run", str(recipes[2]),
                 "--set", f"workspace.store={folder / 'another'}",
+                "--set", f"workspace.tracking_uri=sqlite:///{folder / 'home' / 'mlflow.db'}",
             )  # fmt: skip
         finally:
             _qlora(environment, "ui", "--stop", "--force")

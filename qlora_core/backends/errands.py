@@ -63,7 +63,8 @@ def _least_of_training(job: TrainJob, cluster: ClusterConfig, cpus: int, device:
     from qlora_core.modeling.dtypes import compute_dtype_name
     from qlora_core.modeling.shape import shape_of
     from qlora_core.training.batching import plan_training
-    from qlora_core.training.room import Demand, find_room
+    from qlora_core.training.room import Demand
+    from qlora_core.training.strategies import strategy_needs
 
     folder, is_gpu = job.base / "model", device == "cuda"
     if any(folder.glob("*.py")):
@@ -80,5 +81,7 @@ def _least_of_training(job: TrainJob, cluster: ClusterConfig, cpus: int, device:
         num_lanes=1 if is_gpu or job.adapter.dropout else cpus,
         rows=(rows, plan_training(job.training, job.seed, len(rows))),
         shares_prefix=not is_gpu and not job.adapter.dropout,
+        offloads_base=cluster.offload_base and is_gpu,
     )
-    return find_room(demand, memory_bytes=0).estimate.total
+    needs = {need.strategy: need.estimate.total for need in strategy_needs(demand, memory_bytes=0)}
+    return min(needs.values()) if cluster.strategy == "auto" else needs.get(cluster.strategy)

@@ -31,10 +31,11 @@ from qlora_core.backends.ray_asker import AskSpec
 from qlora_core.backends.ray_resources import WORKER_PROCESS, local_cpus, share_out
 from qlora_core.backends.ray_worker import RayHome, RaySpec, WorkerOrder, train_on_worker
 from qlora_core.config import ClusterConfig
-from qlora_core.errors import LaunchError, QLoraError
+from qlora_core.errors import KilledError, LaunchError, QLoraError
 from qlora_core.training.durable import replace_durably
 
 Spec = RaySpec | AskSpec
+_KILLED = ("OutOfMemoryError", "running low on memory")
 OBJECT_STORE_BYTES = 80_000_000
 """Nothing big goes through Ray's object store; 75 MiB is the least it takes."""
 
@@ -226,6 +227,11 @@ def _outcome(error: Exception, cluster: ClusterConfig, log: Path) -> QLoraError:
         if isinstance(cause, QLoraError) and not cause.is_transient:
             return cause
     first_line = str(error).strip().partition("\n")[0]
+    if any(text in str(error) for text in _KILLED):
+        return KilledError(
+            f"Ray killed a worker for the memory it took: {first_line[:300]}",
+            fix=f"Lower training.micro_batch, or set training.checkpointing=on. The log: {log}",
+        )
     return LaunchError(
         f"Training was interrupted more than cluster.max_failures={cluster.max_failures} "
         f"times: {type(error).__name__}: {first_line}",

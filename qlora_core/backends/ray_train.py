@@ -1,8 +1,9 @@
 """Train on Ray: start a driver process, follow the journal, survive what can be survived.
 
 Three layers catch faults, each what the one below cannot: Ray restarts lost *workers*; this
-launcher restarts a lost *driver* (it ends without a word when Ray's head dies); running the same
-recipe again restarts a lost *launcher*. All of them go on from the newest verified snapshot.
+launcher restarts a lost *driver* (it ends without a word when Ray's head dies), and others that
+`triage` has a remedy for; running the same recipe again restarts a lost *launcher*. All of them go
+on from the newest verified snapshot.
 
 Nothing of Ray is imported here; the driver is a process of its own (`ray_process`).
 """
@@ -19,8 +20,9 @@ from qlora_core.backends.ray_address import require_ray
 from qlora_core.backends.ray_process import DriverProcess, WaitingDriver, start_driver
 from qlora_core.backends.ray_resources import require_local_room
 from qlora_core.backends.ray_worker import RaySpec
+from qlora_core.backends.triage import PAUSES_S, LostDriverError, Triage
 from qlora_core.config import ClusterConfig, SnapshotConfig
-from qlora_core.errors import LaunchError, from_json
+from qlora_core.errors import QLoraError, from_json
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.attempt import next_launch
 from qlora_core.training.desk import NOTES_FILE, SUMMARY_FILE
@@ -41,6 +43,8 @@ class RayTrainLauncher:
     """Called several times a second; what it raises ends training and all of Ray's processes."""
     waiting: WaitingDriver = field(default_factory=WaitingDriver, repr=False, compare=False)
     """A driver that was started ahead of the first job."""
+    pauses_s: tuple[float, ...] = PAUSES_S
+    """Before each further try, where the store cannot be written [seconds]."""
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -71,34 +75,47 @@ class RayTrainLauncher:
         for stale in (JOURNAL_FILE, SUMMARY_FILE):  # snapshots hold the journal's truth
             (job.scratch / stale).unlink(missing_ok=True)
         follower = _Follower.of(job, on_step, self.say)
-        for _ in range(self.cluster.max_failures + 1):
-            if self._launch(job, follower):
-                return
-            self.say("Ray's driver process was lost; starting again from the last snapshot.")
-        raise LaunchError(
-            f"Ray's driver was lost more than cluster.max_failures={self.cluster.max_failures} "
-            f"times. Its last words:\n{last_lines(_log_file(job))}",
-            fix=f"Run again to go on from the last snapshot. The log: {_log_file(job)}",
-        )
+        triage = Triage(job.scratch, self.cluster.max_failures, self.pauses_s)
+        while True:
+            launch = ""
+            try:
+                launch = next_launch(job.scratch)
+                return self._launch(job, launch, follower)
+            except QLoraError as error:
+                incident, pause_s = triage.remedy(error, follower.last_step, launch)
+            self.say(incident.sentence())
+            self._pause(pause_s)
 
-    def _launch(self, job: TrainJob, follower: "_Follower") -> bool:
-        """Run one driver; return whether it finished the job, False if it was lost."""
+    def _pause(self, seconds: float) -> None:
+        end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s:
+            self.check()
+            time.sleep(_POLL_S)
+
+    def _launch(self, job: TrainJob, launch: str, follower: "_Follower") -> None:
+        """Run one driver to the end of the job."""
         spec = RaySpec(
             job=job,
             snapshots=self.snapshots,
-            launch=next_launch(job.scratch),
+            launch=launch,
             log=_log_file(job),
+            cluster=self.cluster,
         )
         driver = self.waiting.take() or start_driver(self.cluster, spec.log)
         try:
             driver.give(spec)
-            return _watch(driver, spec, follower, self.check)
+            if not _watch(driver, spec, follower, self.check):
+                raise LostDriverError(
+                    f"Ray's driver was lost more than cluster.max_failures="
+                    f"{self.cluster.max_failures} times. Its last words:\n{last_lines(spec.log)}",
+                    fix=f"Run again to go on from the last snapshot. The log: {spec.log}",
+                )
         finally:
             driver.end()
             shutil.rmtree(job.scratch / "ray", ignore_errors=True)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Follower:
     """Passes on what the workers write down."""
 
@@ -106,6 +123,7 @@ class _Follower:
     notes: Tail
     on_step: Callable[[StepMetrics], None]
     say: Callable[[str], None]
+    last_step: int | None = None
 
     @classmethod
     def of(
@@ -120,6 +138,7 @@ class _Follower:
             self.say(note)
         for metrics in self.steps.steps():
             self.on_step(metrics)
+            self.last_step = metrics.step
 
 
 def _watch(

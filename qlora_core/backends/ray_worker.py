@@ -8,12 +8,13 @@ again. A lost peer is left to Ray.
 import os
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qlora_core.artifacts import Frozen
+from qlora_core.artifacts import Frozen, Incident
 from qlora_core.config import ClusterConfig, SnapshotConfig
-from qlora_core.errors import QLoraError, StoreError, TrainingError
+from qlora_core.errors import CollectiveError, QLoraError, StoreError, TrainingError
 from qlora_core.ports import TrainJob
 
 _POLL_S = 0.05
@@ -44,6 +45,8 @@ class RaySpec(Frozen):
     launch: str
     log: Path
     """Where driver and workers write what they say."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Says where the base shall lie."""
 
     @property
     def error_file(self) -> Path:
@@ -83,6 +86,8 @@ def train_on_worker(plain: dict[str, Any]) -> None:
     except QLoraError as error:
         if not error.is_transient:
             _leave(spec, error)
+        elif isinstance(error, CollectiveError):
+            _note(spec, error)
         raise
     except Exception as error:
         unknown = _unforeseen(error, spec)
@@ -106,7 +111,8 @@ def _train(spec: RaySpec, num_threads: int) -> None:
     if group.get_world_size() > 1:
         comm = TorchComm(device, group.get_local_world_size())
     lookout = Lookout(_is_preempted if is_preemption_watched() else never)
-    run_worker(spec.job, comm, spec.snapshots, spec.launch, device, lookout=lookout)
+    given = (spec.job, comm, spec.snapshots, spec.launch, device)
+    run_worker(*given, lookout=lookout, cluster=spec.cluster)
 
 
 def is_preemption_watched() -> bool:
@@ -128,6 +134,19 @@ def _leave(spec: RaySpec, error: QLoraError) -> None:
         replace_durably(spec.error_file, canonical_json(error.to_json()).encode())
     except StoreError:
         return  # no room for it; Ray brings the error to the driver, only later
+
+
+def _note(spec: RaySpec, error: CollectiveError) -> None:
+    from qlora_core.training.incidents import note
+
+    incident = Incident(
+        kind="collective",
+        what=error.what.partition("\n")[0][:300],
+        remedy="New workers go on from the last snapshot.",
+        launch=spec.launch,
+    )
+    with suppress(StoreError):
+        note(spec.job.scratch, incident)
 
 
 def _unforeseen(error: Exception, spec: RaySpec) -> TrainingError:

@@ -7,6 +7,7 @@ and writing are two steps, so a race of milliseconds remains: therefore the toke
 each snapshot's name, and two attempts never write to one folder.
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,10 @@ class AttemptRecord(Frozen):
     """Of the newest attempt; empty before a worker claimed one."""
     started_after: tuple[int, ...] = ()
     """The step after which each attempt so far started; 0 is the beginning."""
+    num_workers: tuple[int, ...] = ()
+    """Of each attempt so far."""
+    claimed_s: float = 0.0
+    """When the newest attempt claimed the folder [Unix seconds]."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,8 @@ def next_launch(scratch: Path) -> str:
     return launch
 
 
-def claim(scratch: Path, launch: str, step: int) -> Attempt:
-    """Become the current attempt, which goes on after ``step``.
+def claim(scratch: Path, launch: str, step: int, num_workers: int = 1) -> Attempt:
+    """Become the current attempt, of ``num_workers``, which goes on after ``step``.
 
     Raises:
         LaunchError: A newer launch is already there.
@@ -71,8 +76,14 @@ def claim(scratch: Path, launch: str, step: int) -> Attempt:
     is_same = record.launch == launch and record.token
     start = int(record.token.partition(".")[2]) + 1 if is_same else 1
     token = f"{launch}.{start}"
-    started_after = (*record.started_after, step)
-    _write(scratch, AttemptRecord(launch=launch, token=token, started_after=started_after))
+    fresh = AttemptRecord(
+        launch=launch,
+        token=token,
+        started_after=(*record.started_after, step),
+        num_workers=(*record.num_workers, num_workers),
+        claimed_s=time.time(),
+    )
+    _write(scratch, fresh)
     return Attempt(scratch, token)
 
 

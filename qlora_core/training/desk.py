@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from qlora_core.artifacts import AdapterCheckpoint, Frozen
+from qlora_core.artifacts import AdapterCheckpoint, Frozen, Incident
 from qlora_core.config import SnapshotConfig
 from qlora_core.fingerprint import fingerprint
 from qlora_core.modeling.lora import save_adapter
 from qlora_core.ports import StepMetrics, TrainJob
-from qlora_core.training.attempt import Attempt, claim, read_record
+from qlora_core.training.attempt import Attempt, AttemptRecord, claim, read_record
 from qlora_core.training.durable import replace_durably
-from qlora_core.training.incidents import Incident, note
+from qlora_core.training.incidents import history, note
 from qlora_core.training.journal import JOURNAL_FILE, Journal, write_curve
 from qlora_core.training.loop import Position, Run, keep_best
 from qlora_core.training.optimizer import state_of
@@ -20,6 +20,9 @@ SUMMARY_FILE = "summary.json"
 """The facts of a finished training, in the scratch folder."""
 NOTES_FILE = "notes.txt"
 """What a person should know, one line each, in the scratch folder; it grows on the way."""
+_PREEMPTION = Incident(
+    kind="preemption", what="A node will be taken away.", remedy="Saved at once."
+)
 
 
 def job_fingerprint(job: TrainJob) -> str:
@@ -51,21 +54,11 @@ class Desk:
     _num_notes_written: int = field(default=0, init=False)
     _num_steps_told: int = field(default=0, init=False)
 
-    def record(
-        self, metrics: StepMetrics, position: Position, *, is_urgent: bool = False
-    ) -> None:
+    def record(self, metrics: StepMetrics, position: Position, *, is_urgent: bool = False) -> None:
         """Note one step; save if it is time to or urgent, and at the end in any case."""
         self.journal.append(metrics)
         if is_urgent:
-            told = Incident(
-                kind="preemption",
-                what="A node will be taken away.",
-                remedy="saved at once",
-                step=position.step,
-                launch=self.attempt.token,
-            )
-            note(self.job.scratch, told)
-            self.notes.append(told.sentence())
+            _tell(self.job, self.attempt, self.notes, _PREEMPTION, position.step)
         is_end = position.step == self.run.plan.num_steps or position.stopped_early
         if not is_end and not is_urgent and not self.writer.is_due(position.step):
             return
@@ -138,6 +131,7 @@ class Desk:
             num_workers=self.run.comm.world_size,
             num_attempts=len(starts),
             resumed_at=starts[1:],
+            incidents=history(self.job.scratch),
             notes=tuple(dict.fromkeys(notes)),
         )
 
@@ -156,12 +150,39 @@ def open_desk(
     Raises:
         LaunchError: A newer attempt is already there.
     """
-    attempt = claim(job.scratch, launch, after)
+    before, num_workers = read_record(job.scratch), run.comm.world_size
+    attempt = claim(job.scratch, launch, after, num_workers)
+    if incident := _why_again(job, before, launch, num_workers):
+        _tell(job, attempt, notes, incident, after)
     if after:
         notes.append(f"Training went on after step {after} (attempt {attempt.token}).")
     writer = SnapshotWriter(job.scratch, snapshots, attempt, job_fingerprint(job))
     journal = Journal(job.scratch / JOURNAL_FILE, steps)
     return Desk(run, job, journal, writer, attempt, notes)
+
+
+def _why_again(
+    job: TrainJob, before: AttemptRecord, launch: str, num_workers: int
+) -> Incident | None:
+    """Return why workers start again in a launch, if nobody has said so; None if they do not."""
+    if before.launch != launch or not before.token:
+        return None
+    if before.num_workers[-1] != num_workers:
+        what = f"There are {num_workers} workers where there were {before.num_workers[-1]}."
+        return Incident(kind="resized", what=what, remedy="They share the same steps.")
+    if any(past.unix_time > before.claimed_s for past in history(job.scratch)):
+        return None
+    return Incident(
+        kind="lost_worker",
+        what="A worker or its node was lost.",
+        remedy="New workers go on from the last snapshot.",
+    )
+
+
+def _tell(job: TrainJob, attempt: Attempt, notes: list[str], incident: Incident, step: int) -> None:
+    """Put an incident into the history, and tell it to the person who watches."""
+    told = note(job.scratch, incident.model_copy(update={"step": step, "launch": attempt.token}))
+    notes.append(told.sentence())
 
 
 def _heldout_at(step: int, steps: list[StepMetrics]) -> float:

@@ -1,67 +1,40 @@
 """What went wrong on the way, told apart, and what was done about it.
 
 Whoever meets a fault writes one line into `incidents.jsonl` in the scratch folder: a worker what it
-raises itself, the launcher what happens to workers, drivers and nodes. The file outlasts them all, so
-the run's history is whole whoever dies, and remedies can be counted: the same fault at the same step
-does not get the same remedy twice.
+sees itself, the launcher what happens to drivers and what they answer. The file outlasts them all,
+so the run's history is whole whoever dies, and remedies can be counted: none is tried for ever.
 
-================  ===========================================  ==================================
-kind              how it is known                              remedy
-================  ===========================================  ==================================
-out_of_memory     a worker killed for its memory               passes of half as many rows
-collective        a collective that fails or takes too long    new workers, last snapshot
-not_finite        loss or gradient NaN or infinite             last snapshot, once; then the end
-lost_worker       a worker that is gone without a word         new workers, last snapshot
-lost_driver       the driver process is gone                   new driver, last snapshot
-storage           the store is full or cannot be written       wait, then last snapshot
-preemption        Ray says that a node will be taken away      snapshot at once
-user              whatever only a person can mend              none: the end
-================  ===========================================  ==================================
+==============  =====================================  ============================================
+kind            how it is known                        remedy
+==============  =====================================  ============================================
+out_of_memory   the kernel or Ray killed a process     passes of half as many rows, last snapshot
+collective      a message between workers fails        new workers, last snapshot
+lost_worker     a worker is gone without a word        new workers, last snapshot
+resized         the cluster has more or fewer places   other workers, last snapshot
+lost_driver     the driver process is gone             a new driver, last snapshot
+not_finite      loss or gradient NaN or infinite       last snapshot, once for a step; then the end
+storage         the store cannot be written            wait, last snapshot; a few times
+preemption      Ray says a node will be taken away     a snapshot at once
+==============  =====================================  ============================================
+
+What only a person can mend (recipe, data, model, too few resources) is none of these: it ends the
+run at once.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ValidationError
 
-from qlora_core.artifacts import Frozen
+from qlora_core.artifacts import Incident, IncidentKind
 from qlora_core.errors import storing
 
 INCIDENTS_FILE = "incidents.jsonl"
 
-Kind = Literal[
-    "out_of_memory",
-    "collective",
-    "not_finite",
-    "lost_worker",
-    "lost_driver",
-    "storage",
-    "preemption",
-    "user",
-]
 
-
-class Incident(Frozen):
-    """One fault, or one warning."""
-
-    kind: Kind
-    what: str
-    remedy: str
-    step: int | None = None
-    """The last step that was done, as far as whoever writes knows."""
-    launch: str = ""
-    unix_time: float = 0.0
-
-    def sentence(self) -> str:
-        """Say it to a person."""
-        place = "" if self.step is None else f" after step {self.step}"
-        return f"{self.kind.replace('_', ' ')}{place}: {self.what} Remedy: {self.remedy}."
-
-
-def note(scratch: Path, incident: Incident) -> None:
-    """Add ``incident`` to the history.
+def note(scratch: Path, incident: Incident) -> Incident:
+    """Add ``incident`` to the history, with the time; return it.
 
     Raises:
         StoreError: There is no room, say.
@@ -69,7 +42,8 @@ def note(scratch: Path, incident: Incident) -> None:
     stamped = incident.model_copy(update={"unix_time": time.time()})
     path = scratch / INCIDENTS_FILE
     with storing(path), path.open("a", encoding="utf-8") as file:
-        file.write(stamped.model_dump_json() + "\n")
+        file.write("\n" + stamped.model_dump_json())  # whatever a dying process left unfinished
+    return stamped
 
 
 def history(scratch: Path) -> tuple[Incident, ...]:
@@ -81,7 +55,14 @@ def history(scratch: Path) -> tuple[Incident, ...]:
     return tuple(_parsed(lines))
 
 
-def _parsed(lines: Iterable[str]) -> Iterable[Incident]:
+def count(scratch: Path, kind: IncidentKind, step: int | None = None) -> int:
+    """Return how often ``kind`` happened so far; with ``step``, after that step alone."""
+    return sum(
+        past.kind == kind and (step is None or past.step == step) for past in history(scratch)
+    )
+
+
+def _parsed(lines: list[str]) -> Iterator[Incident]:
     for line in lines:
         try:
             yield Incident.model_validate_json(line)

@@ -1,8 +1,8 @@
 """Looking out for what the cluster is about to do: a node that will be taken away.
 
-All workers must ask Ray together (its answer is agreed on by all), and asking takes milliseconds. So
-rank 0 calls for it from time to time, and the call travels with the gradients: no message of its own,
-and all workers hear it after the same step.
+All workers must ask Ray together (its answer is agreed on by all), and asking takes milliseconds.
+So rank 0 calls for it from time to time, and the call travels with the gradients: no message of its
+own, and all workers hear it after the same step.
 """
 
 import time

@@ -16,7 +16,7 @@ from qlora_core.config import ClusterConfig, EvaluationConfig, WorkerRange
 from qlora_core.errors import LaunchError
 from qlora_core.ports import AskJob, Context, Crew, Reply
 from qlora_core.stages.evaluate import evaluate_model
-from tests.backends.ray_nodes import TOKEN, RayNodes, ray_nodes
+from tests.backends.ray_nodes import RayCluster, ray_cluster
 from tests.stages.test_evaluate import artifact, made, one_thread, write_data  # noqa: F401
 
 SETTINGS = EvaluationConfig(scorers=("exact_match", "chrf"), max_new_tokens=48, batch_size=2)
@@ -24,8 +24,10 @@ SETTINGS = EvaluationConfig(scorers=("exact_match", "chrf"), max_new_tokens=48, 
 
 @pytest.fixture(scope="module")
 def nodes():
-    with ray_nodes(head_cpus=1) as started:
-        started.add(num_cpus=1)
+    with ray_cluster() as started:
+        started.start_head()
+        started.add_node()
+        started.wait_for(2)
         yield started
 
 
@@ -34,12 +36,6 @@ def data(tmp_path_factory):
     """Enough rows and prompts for seconds of work, of many lengths."""
     folder = tmp_path_factory.mktemp("many") / "data"
     return artifact(write_data(folder, num_rows=600, num_prompts=120), PreparedDataset)
-
-
-@pytest.fixture(autouse=True)
-def _token(monkeypatch):
-    for name, value in TOKEN.items():
-        monkeypatch.setenv(name, value)
 
 
 @dataclass
@@ -59,7 +55,7 @@ class Watched:
         self.crew.ask(job, hear)
 
 
-def crew(nodes: RayNodes, **settings) -> RayCrew:
+def crew(nodes: RayCluster, **settings) -> RayCrew:
     cluster = ClusterConfig(address=nodes.address, workers=2, cpus_per_worker=1, **settings)
     return RayCrew(cluster, lambda _: None)
 

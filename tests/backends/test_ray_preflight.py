@@ -1,21 +1,18 @@
 """Preflight on a real Ray: nodes that are separate raylets on this machine."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 
-from qlora_core.backends import process_session
 from qlora_core.backends.ray_train import RayTrainLauncher
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import ClusterError, LaunchError, QLoraError, from_json
 from qlora_core.ports import TrainJob
-from tests.backends.ray_nodes import TOKEN, RayNodes, may_unshare, ray_nodes
+from tests.backends.ray_nodes import RayCluster, hides, may_unshare, ray_cluster
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.ray]
 
@@ -45,10 +42,10 @@ except QLoraError as error:
 class Asking:
     """A process that is connected to the cluster, and asks its nodes when told."""
 
-    def __init__(self, nodes: RayNodes, job: TrainJob, answer_s: float) -> None:
+    def __init__(self, nodes: RayCluster, job: TrainJob, answer_s: float) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", ASK, nodes.address, job.model_dump_json(), str(answer_s)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | TOKEN,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.own_node = self._process.stdout.readline().split()[1]
 
@@ -60,14 +57,14 @@ class Asking:
 
 @pytest.mark.skipif(not may_unshare(), reason="needs root: a node with mounts of its own")
 def test_a_node_whose_store_is_another_disk_is_named_before_anything_is_booked(
-    make_job, monkeypatch
+    make_job,
 ):
-    for name, value in TOKEN.items():
-        monkeypatch.setenv(name, value)
     job, told = make_job(), []
 
-    with ray_nodes(head_cpus=1) as nodes:
-        nodes.add(num_cpus=1, hides=job.scratch.parent)
+    with ray_cluster() as nodes:
+        nodes.start_head()
+        nodes.add_node(before=hides(job.scratch.parent))
+        nodes.wait_for(2)
         cluster = ClusterConfig(address=nodes.address, workers=2, cpus_per_worker=1)
         with pytest.raises(ClusterError) as caught:
             RayTrainLauncher(cluster, SnapshotConfig(), print).train(job, told.append)
@@ -85,13 +82,15 @@ def test_a_node_whose_store_is_another_disk_is_named_before_anything_is_booked(
 
 def test_nodes_that_are_ready_are_found_so_and_one_that_does_not_answer_is_named(make_job):
     job = make_job()
-    with ray_nodes(head_cpus=1) as nodes:
-        second = nodes.add(num_cpus=1)
+    with ray_cluster() as nodes:
+        nodes.start_head()
+        second = nodes.add_node()
+        nodes.wait_for(2)
         assert Asking(nodes, job, answer_s=60).error() is None
         assert not list(job.scratch.glob("preflight-*"))
 
         asking = Asking(nodes, job, answer_s=4)
-        raylet = raylet_of(second)
+        raylet = second.raylet()
         raylet.send_signal(signal.SIGSTOP)
         try:
             started = time.monotonic()
@@ -104,12 +103,3 @@ def test_nodes_that_are_ready_are_found_so_and_one_that_does_not_answer_is_named
     assert "it did not answer within 4 s" in str(error)
     assert asking.own_node[:8] not in str(error)
     assert seconds < 60, "it is not waited for until Ray gives it up"
-
-
-def raylet_of(session: int) -> psutil.Process:
-    (raylet,) = (
-        process
-        for process in map(psutil.Process, process_session.members(session))
-        if process.name() == "raylet"
-    )
-    return raylet

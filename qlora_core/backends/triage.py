@@ -1,0 +1,99 @@
+"""Tell faults of a training apart, and say what is done about each: bounded, and written down.
+
+The launcher asks here about whatever ended a driver. What Ray mends by itself (a lost worker, a
+failed collective) does not come here; the workers note it when they start again. Errors that only
+a person can mend go straight through.
+
+Bounds: a loss that is not finite is tried once more after the same step, and three times in all; a
+store that cannot be written gets as many tries as there are pauses; drivers may be lost
+``max_failures`` times; passes are halved until they have one row (the workers say when).
+"""
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qlora_core.artifacts import Incident
+from qlora_core.errors import KilledError, LaunchError, NotFiniteError, QLoraError, StoreError
+from qlora_core.training.incidents import count, note
+
+PAUSES_S = (5.0, 20.0, 60.0)
+"""Before each further try to write to a store that is full, say [seconds]."""
+_MOST_NOT_FINITE = 3
+
+
+class LostDriverError(LaunchError):
+    """The driver process ended without an answer."""
+
+
+@dataclass
+class Triage:
+    """One call's remedies; what the history holds of earlier calls counts where it says so."""
+
+    scratch: Path
+    max_failures: int
+    pauses_s: tuple[float, ...] = PAUSES_S
+    _num_lost: int = field(default=0, init=False)
+    _num_pauses: int = field(default=0, init=False)
+
+    def remedy(self, error: QLoraError, step: int | None, launch: str) -> tuple[Incident, float]:
+        """Return what is done about ``error``, and how long to wait before [seconds].
+
+        Args:
+            error: What ended the driver of ``launch``.
+            step: The last step that is known to be done.
+            launch: Its name.
+
+        Raises:
+            QLoraError: ``error``, for which there is no remedy, or none left.
+        """
+        incident, pause_s = self._found(error, step)
+        told = incident.model_copy(update={"step": step, "launch": launch})
+        with suppress(StoreError):  # no room for the history, perhaps; the person is told
+            note(self.scratch, told)
+        return told, pause_s
+
+    def _found(self, error: QLoraError, step: int | None) -> tuple[Incident, float]:
+        match error:
+            case NotFiniteError():
+                return self._once_more(error, step), 0.0
+            case StoreError():
+                return self._later(error)
+            case KilledError():
+                return self._smaller(error), 0.0
+            case LostDriverError():
+                return self._again(error), 0.0
+            case _:
+                raise error
+
+    def _once_more(self, error: NotFiniteError, step: int | None) -> Incident:
+        num_here = count(self.scratch, "not_finite", step)
+        if num_here or count(self.scratch, "not_finite") >= _MOST_NOT_FINITE:
+            again = "It came back" if num_here else "It came back again and again"
+            why = f"{error.why} {again} after going on from the last snapshot."
+            raise NotFiniteError(error.what, why=why, fix=error.fix)
+        remedy = "Trying once more from the last snapshot."
+        return Incident(kind="not_finite", what=error.what, remedy=remedy)
+
+    def _later(self, error: StoreError) -> tuple[Incident, float]:
+        if self._num_pauses >= len(self.pauses_s):
+            raise error
+        pause_s = self.pauses_s[self._num_pauses]
+        self._num_pauses += 1
+        remedy = f"Earlier snapshots are intact; trying again in {pause_s:g} s."
+        return Incident(kind="storage", what=error.what, remedy=remedy), pause_s
+
+    def _smaller(self, error: KilledError) -> Incident:
+        self._lose(error)
+        remedy = "Passes of half as many rows, from the last snapshot."
+        return Incident(kind="out_of_memory", what=error.what, remedy=remedy)
+
+    def _again(self, error: LostDriverError) -> Incident:
+        self._lose(error)
+        remedy = "Starting again from the last snapshot."
+        return Incident(kind="lost_driver", what="Ray's driver process was lost.", remedy=remedy)
+
+    def _lose(self, error: LaunchError) -> None:
+        self._num_lost += 1
+        if self._num_lost > self.max_failures:
+            raise error
