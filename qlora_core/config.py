@@ -329,6 +329,9 @@ class WorkerRange(Runtime):
         return self
 
 
+Strategy = Literal["auto", "ddp", "fsdp"]
+
+
 class ClusterConfig(Runtime):
     """Where training runs."""
 
@@ -339,6 +342,12 @@ class ClusterConfig(Runtime):
     workers: Annotated[int, Field(gt=0)] | WorkerRange = 1
     """Number of training workers; `{min: 1, max: 8}` follows the nodes that come and go. The result
     is the same with any number."""
+    strategy: Strategy = "auto"
+    """Where the frozen base lies: whole on every worker (`ddp`), or in parts on all of them
+    (`fsdp`), put together layer by layer; `auto` divides it only if it does not fit otherwise. The
+    result is the same."""
+    offload_base: bool = False
+    """With `fsdp` on GPUs: parts of the base lie in the hosts' memory."""
     resize_every_s: float = Field(60.0, gt=0)
     """With a range of workers: how often more of them may join, which pauses training."""
     cpus_per_worker: int | None = Field(None, gt=0)

@@ -20,13 +20,15 @@ from qlora_core.backends.memory import SilentProgress
 from qlora_core.backends.mlflow_registry import MlflowRegistry
 from qlora_core.backends.mlflow_tracking import MlflowTracker
 from qlora_core.backends.ray_address import is_jobs_endpoint, require_jobs_address
+from qlora_core.backends.ray_crew import RayCrew, has_crew
 from qlora_core.backends.ray_jobs import RayJobsLauncher
+from qlora_core.backends.ray_jobs_crew import RayJobsCrew
 from qlora_core.backends.ray_process import WaitingDriver
 from qlora_core.backends.ray_resources import require_local_room
 from qlora_core.backends.ray_train import RayTrainLauncher
 from qlora_core.config import CustomScorer, QuantizationConfig, RunConfig
 from qlora_core.errors import LaunchError, QLoraError
-from qlora_core.ports import Launcher, Progress, Services, Stage
+from qlora_core.ports import Crew, Launcher, Progress, Services, Stage
 from qlora_core.sources import Source, find_source
 from qlora_core.store import Store
 from tasks import places
@@ -173,6 +175,7 @@ def open_workspace(
         registry=_registry(config, tracker),
         launcher=around.launcher or _launcher(config, progress, around.waiting),
         progress=progress,
+        crew=None if around.launcher else _crew(config, progress),
     )
     return Workspace(config, Store(places.store_root(config), provenance), services, progress, keep)
 
@@ -237,6 +240,19 @@ def _launcher(config: RunConfig, progress: RunProgress, waiting: WaitingDriver) 
     if is_jobs_endpoint(cluster.address):
         return RayJobsLauncher(cluster, config.snapshots, say, check)
     return RayTrainLauncher(cluster, config.snapshots, say, check, waiting)
+
+
+def _crew(config: RunConfig, progress: RunProgress) -> Crew | None:
+    def say(message: str) -> None:
+        progress.say("evaluate", message)
+
+    def check() -> None:
+        progress.check("evaluate")
+
+    cluster = places.cluster(config)
+    if not has_crew(cluster):
+        return None
+    return (RayJobsCrew if is_jobs_endpoint(cluster.address) else RayCrew)(cluster, say, check)
 
 
 def _registry(config: RunConfig, tracker: MlflowTracker) -> MlflowRegistry:

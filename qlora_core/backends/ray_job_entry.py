@@ -1,4 +1,4 @@
-"""What runs in the cluster as a Ray job: the driver of one training, which outlives its flow.
+"""What runs in the cluster as a Ray job: a driver that outlives its flow.
 
     python -P -m qlora_core.backends.ray_job_entry ORDER    # a `JobOrder` in the shared store
 
@@ -8,7 +8,6 @@ Ray's log of the job, which is gone with the cluster.
 """
 
 import os
-import shutil
 import sys
 import threading
 import traceback
@@ -16,10 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qlora_core.backends.ray_driver import _fit, _outcome
 from qlora_core.backends.ray_job_order import JobOrder, last_word
-from qlora_core.backends.ray_resources import share_out
-from qlora_core.backends.ray_worker import WorkerOrder
+from qlora_core.backends.ray_work import carry_out
+from qlora_core.backends.ray_worker import RaySpec
 from qlora_core.errors import LaunchError, QLoraError, TrainingError, UserError, storing
 from qlora_core.fingerprint import files_below
 from qlora_core.training.durable import sync
@@ -54,7 +52,7 @@ def _read(file: Path) -> JobOrder:
 
 def _carried_out(order: JobOrder) -> QLoraError | None:
     try:
-        _train(order)
+        _work(order)
     except QLoraError as error:
         return error
     except Exception as error:
@@ -67,11 +65,10 @@ def _carried_out(order: JobOrder) -> QLoraError | None:
     return None
 
 
-def _train(order: JobOrder) -> None:
+def _work(order: JobOrder) -> None:
     import ray
 
     spec = order.spec
-    storage = spec.job.scratch / "ray"
     try:
         ray.init(address="auto", namespace="qloraflow", log_to_driver=True)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -80,16 +77,12 @@ def _train(order: JobOrder) -> None:
             fix=f"Run again; if it stays so, look at the cluster's head. The log: {spec.log}",
         ) from error
     try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus, gpus = share_out(order.cluster, nodes)
-        failure = _fit(order.cluster, WorkerOrder(spec=spec, num_threads=cpus), gpus, storage)
-        if failure is not None:
-            raise _outcome(failure, order.cluster, spec.log)
+        carry_out(order.cluster, spec)
     finally:
         ray.shutdown()
-        shutil.rmtree(storage, ignore_errors=True)
-    for name in files_below(spec.job.out):  # the answer says that they are there
-        sync(spec.job.out / name)
+    if isinstance(spec, RaySpec):
+        for name in files_below(spec.job.out):  # the answer says that they are there
+            sync(spec.job.out / name)
 
 
 @contextmanager

@@ -11,8 +11,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-from qlora_core.backends.ray_train import _Follower, _log_file
+from qlora_core.backends.ray_train import StepFollower
+from qlora_core.backends.ray_worker import LOG_FILE
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.journal import Tail
 
@@ -75,11 +77,22 @@ class StepTeller:
             self.say(f"step {metrics.step} of {metrics.num_steps}, loss {metrics.loss:.4f}")
 
 
+class Voice(Protocol):
+    """All that a job writes down."""
+
+    @property
+    def heard_at(self) -> float:
+        """When the job last got on, by this process's monotonic clock."""
+
+    def catch_up(self, *, is_end: bool = False) -> None:
+        """Pass on what is new; at the end, what was kept back, too."""
+
+
 @dataclass
 class JobVoice:
     """All that a remote training writes down, from each of its attempts in turn."""
 
-    follower: _Follower
+    follower: StepFollower
     log: LogTeller
     steps: StepTeller
 
@@ -89,9 +102,14 @@ class JobVoice:
     ) -> "JobVoice":
         """Listen to ``job``: all of its steps, and of notes and log what comes from now on."""
         steps = StepTeller(on_step, say)
-        return cls(_Follower.of(job, steps, say), LogTeller(_log_file(job), say), steps)
+        return cls(StepFollower.of(job, steps, say), LogTeller(job.scratch / LOG_FILE, say), steps)
 
-    def catch_up(self) -> None:
+    @property
+    def heard_at(self) -> float:
+        """When the last step came."""
+        return self.steps.heard_at
+
+    def catch_up(self, *, is_end: bool = False) -> None:
         """Pass on what is new."""
         self.follower.catch_up()
-        self.log.catch_up()
+        self.log.catch_up(is_end=is_end)

@@ -1,8 +1,8 @@
 """What launcher and job tell each other, as files in the scratch folder that both of them see.
 
-    job-0002.json        the order: what to train, where, with what settings
+    job-0002.json        the order: what to train or to ask, where, with what settings
     answer-0002.json     `{}`, or the fields of an error; written last, by the job
-    result-0002/         the adapter; not in the store's staging folder, which goes with the flow
+    result-0002/         an adapter; not in the store's staging folder, which goes with the flow
 
 A job's submission id is made from the scratch folder, which is named by the stage's key, and the
 number of the launch: whoever has the same recipe and store finds the same job.
@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from qlora_core.artifacts import Frozen
+from qlora_core.backends.ray_work import Spec
 from qlora_core.backends.ray_worker import RaySpec
 from qlora_core.config import ClusterConfig
 from qlora_core.errors import QLoraError, from_json
@@ -27,7 +28,7 @@ class JobOrder(Frozen):
     """What one job shall do."""
 
     cluster: ClusterConfig
-    spec: RaySpec
+    spec: Spec
 
     @property
     def submission_id(self) -> str:
@@ -38,6 +39,19 @@ class JobOrder(Frozen):
     def answer_file(self) -> Path:
         """Where the job answers when it has done all it will do."""
         return self.spec.job.scratch / f"answer-{self.spec.launch}.json"
+
+    @property
+    def has_result(self) -> bool:
+        """Whether what it was to leave is still there, if it has succeeded."""
+        if isinstance(self.spec, RaySpec):
+            return self.spec.job.out.is_dir()
+        return self.spec.replies_file.exists()
+
+    def final_error(self) -> QLoraError | None:
+        """Return what a worker has left for whoever is first to see it: the job is to end."""
+        if not isinstance(self.spec, RaySpec) or not self.spec.error_file.exists():
+            return None
+        return from_json(json.loads(self.spec.error_file.read_text("utf-8")))
 
     def answer(self) -> dict[str, str] | None:
         """Return what the job answered; None as long as it has not."""

@@ -5,7 +5,6 @@ few seconds whether the job still runs, so it may be away for minutes and nothin
 knowledge; patience with it counts from the last step that was seen.
 """
 
-import json
 import os
 import re
 import shlex
@@ -14,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from qlora_core.backends.ray_job_log import JobVoice
+from qlora_core.backends.ray_job_log import Voice
 from qlora_core.backends.ray_job_order import JobOrder, found_last_word, order_file
 from qlora_core.backends.ray_jobs_client import ClusterAwayError, JobsClient, RayJob
 from qlora_core.backends.ray_package import package
@@ -30,6 +29,8 @@ from qlora_core.errors import (
     from_json,
 )
 
+PATIENCE_S = 600.0
+"""With a cluster that is away: a head that moves to another machine takes minutes."""
 STOP_S = 15.0
 """How long a job that was told to stop is watched."""
 _POLL_S = 0.1
@@ -50,7 +51,7 @@ class JobWatch:
 
     order: JobOrder
     client: JobsClient
-    voice: JobVoice
+    voice: Voice
     say: Callable[[str], None]
     check: Callable[[], None]
     patience_s: float
@@ -79,7 +80,7 @@ class JobWatch:
             self._stop()
             raise
         finally:
-            self.voice.log.catch_up(is_end=True)
+            self.voice.catch_up(is_end=True)
 
     def _submit(self) -> None:
         spec = self.order.spec
@@ -92,7 +93,7 @@ class JobWatch:
                 environment = {"py_modules": modules, "env_vars": environment_of_jobs()}
                 name = self.order.submission_id
                 self.client.submit(name, entry + shlex.quote(str(file)), environment)
-                self.say(f"training is Ray job {name} at {self.client.address}")
+                self.say(f"Ray job {name} does it, at {self.client.address}")
                 return
             except ClusterAwayError as error:
                 self._be_patient(error)
@@ -113,9 +114,8 @@ class JobWatch:
         Raises:
             QLoraError: It is, and this is how.
         """
-        error_file = self.order.spec.error_file
-        if error_file.exists():
-            raise from_json(json.loads(error_file.read_text("utf-8")))
+        if error := self.order.final_error():
+            raise error
         answer = self.order.answer()
         if answer is None:
             return False
@@ -146,10 +146,10 @@ class JobWatch:
         if self._away_since is None:
             self._away_since = now
             self.say(f"{error.what} {error.why} Waiting; a job that runs goes on meanwhile.")
-        if now - max(self._away_since, self.voice.steps.heard_at) < self.patience_s:
+        if now - max(self._away_since, self.voice.heard_at) < self.patience_s:
             return
         raise OutOfReachError(
-            f"{self.client.address} has not answered for {self.patience_s:.0f} s, and no step came "
+            f"{self.client.address} has not answered for {self.patience_s:.0f} s, and nothing came "
             f"from Ray job {self.order.submission_id}.",
             why=error.why,
             fix="If the job runs, it goes on. Run again when the cluster answers: it will be "

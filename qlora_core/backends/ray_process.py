@@ -19,6 +19,7 @@ from queue import Empty, SimpleQueue
 
 import qlora_core
 from qlora_core.backends import process_session
+from qlora_core.backends.ray_asker import AskSpec
 from qlora_core.backends.ray_resources import WORKER_PROCESS
 from qlora_core.backends.ray_worker import RayHome, RaySpec
 from qlora_core.config import ClusterConfig
@@ -59,7 +60,7 @@ class DriverProcess:
     pipe: int
     _said: bytes = field(default=b"", init=False)
 
-    def give(self, spec: RaySpec) -> None:
+    def give(self, spec: RaySpec | AskSpec) -> None:
         """Let it run the job of ``spec``; what it has said before is kept in the job's log."""
         file = spec.job.scratch / "ray_spec.json"
         replace_durably(file, spec.model_dump_json().encode())

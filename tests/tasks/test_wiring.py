@@ -8,10 +8,11 @@ from prefect.states import Failed
 
 from flows.planning import make_plan
 from qlora_core.artifacts import Facts, RegisteredModel
+from qlora_core.backends.in_process import InProcessLauncher
 from qlora_core.backends.memory import MemoryRegistry, MemoryTracker, RecordingProgress
 from qlora_core.backends.ray_jobs import RayJobsLauncher
 from qlora_core.backends.ray_train import RayTrainLauncher
-from qlora_core.config import ClusterConfig, RunConfig
+from qlora_core.config import ClusterConfig, RunConfig, SnapshotConfig
 from qlora_core.errors import DataError, LaunchError, ResourceError, UserError
 from qlora_core.ports import Services, stage
 from qlora_core.store import Store
@@ -218,3 +219,17 @@ def test_what_cannot_be_a_jobs_endpoint_is_told_before_any_work(config):
 
     with pytest.raises(UserError, match="http://head:8265"):
         make_plan(wrong)
+
+
+def test_a_cluster_with_several_workers_evaluates_too_unless_the_run_trains_here(config):
+    def crew(launcher=None, **cluster):
+        changed = config.model_copy(update={"cluster": ClusterConfig(**cluster)})
+        with surrounded_by(Surroundings(RecordingProgress(), launcher)):
+            return open_workspace(changed, MemoryTracker(), {}, Kept()).services.crew
+
+    shared = {"address": "10.0.0.1:6379", "workers": 4}
+
+    assert crew(**shared).cluster == ClusterConfig(**shared)
+    assert crew(address="10.0.0.1:6379") is None
+    assert crew(workers=1) is None
+    assert crew(InProcessLauncher(SnapshotConfig()), **shared) is None
