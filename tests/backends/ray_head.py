@@ -52,7 +52,7 @@ class Head:
         known = JobsClient(self.address).jobs()
         return {
             found.submission_id[len(opening) :]: found.status
-            for found in known
+            for found in sorted(known, key=lambda job: job.submission_id or "")
             if (found.submission_id or "").startswith(opening)
         }
 

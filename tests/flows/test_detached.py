@@ -60,11 +60,12 @@ def started(children: Children, recipe: RunConfig, connection):
 
 
 def prefect_log_of(store: Path) -> str:
+    """What Prefect shows of all attempts of the run."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 
-    flow_run_id = UUID(load_record(store).attempts[-1].prefect_flow_run_id)
-    mine = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id]))
+    attempts = [UUID(attempt.prefect_flow_run_id) for attempt in load_record(store).attempts]
+    mine = LogFilter(flow_run_id=LogFilterFlowRunId(any_=attempts))
     with get_client(sync_client=True) as client:
         return "\n".join(line.message for line in client.read_logs(log_filter=mine))
 
