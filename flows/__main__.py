@@ -78,7 +78,8 @@ def run(
     recipe: Recipe,
     overrides: Overrides = None,
     cluster: Annotated[
-        str | None, typer.Option(help="Address of a running Ray to train on.")
+        str | None,
+        typer.Option(help="Address of a running Ray to train on, or of its Jobs endpoint."),
     ] = None,
 ) -> None:
     """Do everything: prepare, quantise, train, evaluate, merge, register.
@@ -97,14 +98,33 @@ def run(
 
 
 @app.command()
-def plan(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    workers: Annotated[int | None, typer.Option(help="Plan for so many workers.")] = None,
+    shape: Annotated[
+        Literal["8b", "70b", "405b"] | None,
+        typer.Option(help="Plan the memory of a Llama 3.1 of this size; nothing is downloaded."),
+    ] = None,
+    gpu_gb: Annotated[
+        float | None, typer.Option(help="With --shape: each worker has a GPU of so many GB.")
+    ] = None,
+) -> None:
     """Say what a run would do: what is cached, steps, tokens, memory per device."""
-    config = _load(recipe, overrides)
+    if gpu_gb is not None and shape is None:
+        raise typer.BadParameter("--gpu-gb belongs to --shape.")
+    given = [*(overrides or []), *([f"cluster.workers={workers}"] if workers else [])]
+    config = _load(recipe, given)
     from flows.planning import make_plan, show_plan
+    from flows.shapes import make_shape_plan, show_shape_plan
+    from qlora_core.plan import ShapePlan
 
-    made = make_plan(config)
+    made = make_plan(config) if shape is None else make_shape_plan(config, shape, gpu_gb)
     if as_json:
         print(made.model_dump_json(indent=1))  # noqa: T201  # for programs: no wrapping, no colour
+    elif isinstance(made, ShapePlan):
+        show_shape_plan(out, made)
     else:
         show_plan(out, made)
 

@@ -7,7 +7,8 @@
     quantize base ----+--> evaluate base ----------------------------------+
 
 What does not depend on each other runs at the same time, in threads; training computes in Ray's
-processes. The first stage that fails ends the run at once, since a person waits for the reason.
+processes. On a cluster evaluation does, too, and the base's then waits until training is done with
+the workers. The first stage that fails ends the run at once, since a person waits for the reason.
 
 A flow run is Prefect's; a *run* is ours (see `records`): if this process is killed, the next call
 with the same recipe is another flow run, and the same run in our records and in MLflow.
@@ -93,7 +94,7 @@ def _submit(ws: Workspace) -> dict[str, PrefectFuture[Any]]:
     made: dict[str, PrefectFuture[Any]] = {
         "data": data,
         "base": base,
-        "base_report": stages.evaluate_base.submit(ws, base, data),
+        "base_report": stages.evaluate_base.submit(ws, base, data, wait_for=_first(ws, adapter)),
         "adapter": adapter,
         "tuned_report": stages.evaluate_tuned.submit(ws, base, data, adapter),
     }
@@ -106,6 +107,14 @@ def _submit(ws: Workspace) -> dict[str, PrefectFuture[Any]]:
         reports = (made["base_report"], made["tuned_report"], made.get("merged_report"))
         made["registered"] = stages.register_model.submit(ws, *models, *reports)
     return made
+
+
+def _first(ws: Workspace, adapter: PrefectFuture[Any]) -> list[PrefectFuture[Any]]:
+    """Return what the base's evaluation waits for: training, if it needs the same workers.
+
+    Ray Train gives up when others keep its workers busy for some minutes.
+    """
+    return [adapter] if ws.services.crew else []
 
 
 def _finish(made: Mapping[str, PrefectFuture[Any]]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from flows.server import server_kept
 from qlora_core.artifacts import Artifact
 from qlora_core.backends.journal import RunStatus
 from qlora_core.backends.mlflow_tracking import MlflowTracker, TrackingReport, flatten
+from qlora_core.backends.ray_address import is_jobs_endpoint, require_jobs_address
 from qlora_core.config import RunConfig
 from qlora_core.errors import ConfigError
 from tasks import places, wiring
@@ -137,6 +138,7 @@ def refuse_secrets(config: RunConfig) -> None:
 
     Raises:
         ConfigError: An address in it has one.
+        UserError: That of a Ray Jobs endpoint holds more than a place.
     """
     found = [name for name, value in flatten(config).items() if _has_password(value)]
     if found:
@@ -146,6 +148,8 @@ def refuse_secrets(config: RunConfig) -> None:
             fix="Take it out, and give it through the environment: MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD, HF_TOKEN, or what the storage's own client reads.",
         )
+    if config.cluster.address is not None and is_jobs_endpoint(config.cluster.address):
+        require_jobs_address(config.cluster.address)
 
 
 def _has_password(value: object) -> bool:

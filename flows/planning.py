@@ -16,10 +16,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.quantities import size, unit_of
+from flows.strategies import strategies_table
 from qlora_core.artifacts import Artifact, Facts, PreparedDataset
 from qlora_core.backends.memory import SilentProgress
 from qlora_core.backends.ray_resources import cores_of_worker
-from qlora_core.config import RunConfig
+from qlora_core.config import QuantizationConfig, RunConfig
 from qlora_core.data.prepared import read_split
 from qlora_core.modeling.loading import load_config
 from qlora_core.modeling.shape import shape_of
@@ -95,6 +96,8 @@ def show_plan(console: Console, plan: Plan) -> None:
     if plan.training:
         console.print(_training_line(plan), highlight=False)
     console.print(_memory(plan))
+    if len(plan.strategies) > 1:
+        console.print(strategies_table(plan.strategies, plan.device))
     for note in plan.notes:
         console.print(f"[dim]- {escape(note)}[/]", highlight=False)
 
@@ -134,7 +137,16 @@ def _cores(config: RunConfig) -> int:
 
 
 def _device(ws: _Lookup) -> Device:
-    dtype = ws.quantization.compute_dtype
+    return local_device(ws.quantization)
+
+
+def local_device(quantization: QuantizationConfig) -> Device:
+    """Return what a worker on this machine trains on.
+
+    Args:
+        quantization: Its compute dtype is resolved.
+    """
+    dtype = quantization.compute_dtype
     assert dtype != "auto", "the workspace resolved it"  # noqa: S101
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory

@@ -329,14 +329,25 @@ class WorkerRange(Runtime):
         return self
 
 
+Strategy = Literal["auto", "ddp", "fsdp"]
+
+
 class ClusterConfig(Runtime):
     """Where training runs."""
 
     address: str | None = None
-    """A running Ray (`host:6379`, `ray://host:10001`, `auto`); none: a Ray started by the run."""
+    """A running Ray (`host:6379`, `ray://host:10001`, `auto`), or the Ray Jobs endpoint of a remote
+    cluster (`https://host:8265`), where training outlives its flow; none: a Ray started by the run.
+    A token comes from the environment: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."""
     workers: Annotated[int, Field(gt=0)] | WorkerRange = 1
     """Number of training workers; `{min: 1, max: 8}` follows the nodes that come and go. The result
     is the same with any number."""
+    strategy: Strategy = "auto"
+    """Where the frozen base lies: whole on every worker (`ddp`), or in parts on all of them
+    (`fsdp`), put together layer by layer; `auto` divides it only if it does not fit otherwise. The
+    result is the same."""
+    offload_base: bool = False
+    """With `fsdp` on GPUs: parts of the base lie in the hosts' memory."""
     resize_every_s: float = Field(60.0, gt=0)
     """With a range of workers: how often more of them may join, which pauses training."""
     cpus_per_worker: int | None = Field(None, gt=0)

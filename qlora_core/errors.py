@@ -8,7 +8,8 @@
     |  |- DataError               the rows
     |  |- ModelError              the model, its tokenizer or its chat template
     |  |- StoreError              the place where artefacts are kept: no room, no permission
-    |  '- ResourceError           asked for more memory, devices or workers than there are
+    |  |- ResourceError           asked for more memory, devices or workers than there are
+    |  '- ClusterError            nodes of the cluster; carries *all* their problems at once
     |- ArtifactError              an artefact is damaged, or is not what the caller took it for
     |- TrainingError              training cannot go on
     |  '- NotFiniteError          the loss or a gradient is NaN or infinite
@@ -60,15 +61,15 @@ class UserError(QLoraError):
 
     exit_code = 2
 
-
-class ConfigError(UserError):
-    """The recipe has problems, all of them listed: field path, what was given, what would do."""
-
     @classmethod
     def of(cls, problems: list[str], source: str) -> Self:
         """Return one error that lists every problem found in ``source``."""
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         return cls(f"{source}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+class ConfigError(UserError):
+    """The recipe has problems, all of them listed: field path, what was given, what would do."""
 
 
 class DataError(UserError):
@@ -85,6 +86,10 @@ class StoreError(UserError):
 
 class ResourceError(UserError):
     """More was asked for than the machine or the cluster has."""
+
+
+class ClusterError(UserError):
+    """Nodes of the cluster cannot do this run: which, what was found there, what was wanted."""
 
 
 class ArtifactError(QLoraError):

@@ -9,6 +9,7 @@ can tell whether the store has its result: such a stage is `unknown`, not `to ru
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from qlora_core.artifacts import Frozen, PreparedDataset
@@ -18,6 +19,7 @@ from qlora_core.modeling.memory import MemoryEstimate, Workload, estimate_full, 
 from qlora_core.modeling.shape import Shape
 from qlora_core.training.batching import plan_training
 from qlora_core.training.room import USABLE, Demand, Room, find_room
+from qlora_core.training.strategies import StrategyNeed, is_sharded, strategy_needs
 
 Role = Literal[
     "data",
@@ -101,6 +103,8 @@ class Plan(Frozen):
     workload: Workload
     memory: tuple[MemoryEstimate, ...]
     """Of one worker: the recipe's own, then 16-bit LoRA, then full fine-tuning."""
+    strategies: tuple[StrategyNeed, ...] = ()
+    """What one worker needs with the base whole on it, and in parts on all."""
     notes: tuple[str, ...] = ()
 
     def fits(self, estimate: MemoryEstimate) -> bool:
@@ -140,7 +144,13 @@ def plan_run(
         num_cores: Of one worker.
     """
     training = training_size(config, prepared, raw)
-    room = _room(config, training, device, shape, rows, num_cores)
+    demand = _demand(config, training, device, shape, rows, num_cores)
+    memory_bytes = device.memory_bytes // _sharing(config, device)
+    needs, divided = strategy_needs(demand, memory_bytes), []
+    if is_sharded(config.cluster, needs):
+        demand = replace(demand, is_sharded=True, num_lanes=1)
+        divided = [f"The base lies in {demand.world_size} parts (cluster.strategy)."]
+    room = find_room(demand, memory_bytes)
     return Plan(
         name=config.name,
         stages=plan_stages(config, is_cached),
@@ -150,7 +160,42 @@ def plan_run(
         workers_on_device=_sharing(config, device),
         workload=room.workload,
         memory=_estimates(config, shape, room),
-        notes=(*_notes(training), *room.notes(config.training)),
+        strategies=needs,
+        notes=(*_notes(training), *divided, *room.notes(config.training)),
+    )
+
+
+class ShapePlan(Frozen):
+    """What training a model of some size would need, whether or not the model is at hand."""
+
+    model: str
+    shape: Shape
+    device: Device
+    max_length: int
+    """Tokens of each row of a micro-batch."""
+    strategies: tuple[StrategyNeed, ...]
+    chosen: Literal["ddp", "fsdp"]
+    """By the recipe's `cluster.strategy`."""
+
+
+def plan_shape(config: RunConfig, *, model: str, shape: Shape, device: Device) -> ShapePlan:
+    """Say what training a model of this shape needs of each device, all rows at their longest.
+
+    Args:
+        config: The recipe; its model and dataset are not looked at.
+        model: What to call the shape.
+        shape: The sizes.
+        device: What one worker trains on.
+    """
+    demand = _demand(config, None, device, shape, None, num_cores=1)
+    needs = strategy_needs(demand, device.memory_bytes // _sharing(config, device))
+    return ShapePlan(
+        model=model,
+        shape=shape,
+        device=device,
+        max_length=config.dataset.max_length,
+        strategies=needs,
+        chosen="fsdp" if is_sharded(config.cluster, needs) else "ddp",
     )
 
 
@@ -222,34 +267,32 @@ def _state(cached: bool | None) -> State:
     return "cached" if cached else "to run"
 
 
-def _room(
+def _demand(
     config: RunConfig,
     training: TrainingSize | None,
     device: Device,
     shape: Shape,
     rows: Rows | None,
     num_cores: int,
-) -> Room:
-    """Return how the largest micro-batch will be computed; see `training.room`."""
+) -> Demand:
+    """Return what the largest micro-batch will need; see `training.room`."""
     longest = training.longest_row if training else config.dataset.max_length
     draws, known = bool(config.adapter.dropout), None
     if rows is not None and len(rows):
         known = (rows, plan_training(config.training, config.seed, len(rows)))
-    return find_room(
-        Demand(
-            shape=shape,
-            quantization=config.quantization,
-            adapter=config.adapter,
-            training=config.training,
-            device=device.kind,
-            compute_dtype=device.compute_dtype,
-            world_size=config.cluster.min_workers,
-            num_lanes=1 if draws or device.kind == "cuda" else num_cores,
-            rows=known,
-            max_length=longest,
-            shares_prefix=device.kind == "cpu" and not draws,
-        ),
-        device.memory_bytes // _sharing(config, device),
+    return Demand(
+        shape=shape,
+        quantization=config.quantization,
+        adapter=config.adapter,
+        training=config.training,
+        device=device.kind,
+        compute_dtype=device.compute_dtype,
+        world_size=config.cluster.min_workers,
+        num_lanes=1 if draws or device.kind == "cuda" else num_cores,
+        rows=known,
+        max_length=longest,
+        shares_prefix=device.kind == "cpu" and not draws,
+        offloads_base=config.cluster.offload_base and device.kind == "cuda",
     )
 
 
@@ -266,7 +309,10 @@ def _estimates(config: RunConfig, shape: Shape, room: Room) -> tuple[MemoryEstim
 
 
 def _notes(training: TrainingSize | None) -> list[str]:
-    notes = ["Activations, logits and dense weights are approximate; all other memory is exact."]
+    notes = [
+        "Weights, constants, adapter, gradients and optimizer are exact; all other memory is "
+        "approximate."
+    ]
     if training is None:
         notes.append("Nothing is known of the rows yet, so steps and tokens are left open.")
     elif not training.is_exact:

@@ -1,6 +1,6 @@
 """What a stage may ask of the world, and nothing else.
 
-A stage gets a `Context`: two folders and four services, each a Protocol. Real ones live in
+A stage gets a `Context`: two folders and a few services, each a Protocol. Real ones live in
 `qlora_core.backends` (Ray, MLflow); shipped in-memory ones serve notebooks and tests. The records
 that cross these borders (`TrainJob`, `StepMetrics`, ...) are plain data: they go through JSON to
 other processes and machines.
@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar
 
 from qlora_core.artifacts import Facts, Frozen, Metric
-from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
+from qlora_core.config import AdapterConfig, EvaluationConfig, QuantizationConfig, TrainingConfig
 
 P = ParamSpec("P")
 F = TypeVar("F", bound=Facts)
@@ -66,6 +66,11 @@ class TrainJob(Frozen):
     base_name: str = ""
     """What a reader of the adapter shall load its base from: written to `adapter_config.json`."""
 
+    def absolute(self) -> "TrainJob":
+        """Return the job with absolute paths: workers run elsewhere."""
+        names = ("base", "data", "out", "scratch")
+        return self.model_copy(update={name: getattr(self, name).resolve() for name in names})
+
 
 class Launcher(Protocol):
     """Runs a training job on some number of workers, wherever they are."""
@@ -78,6 +83,70 @@ class Launcher(Protocol):
 
         Raises:
             TrainingError: Training cannot go on.
+            ResourceError: The cluster has not what was asked for.
+            LaunchError: Workers were lost more often than allowed.
+        """
+
+
+class AskJob(Frozen):
+    """Everything a worker needs to know to put held-out questions to a model."""
+
+    model: Path
+    """Files of the QuantizedBase, or of the MergedModel."""
+    is_merged: bool
+    adapter: Path | None
+    """Files of the AdapterCheckpoint, if the base is asked with it."""
+    data: Path
+    """Files of the PreparedDataset."""
+    evaluation: EvaluationConfig
+    questions: str
+    """Digest of what is asked, so that no worker asks another dataset."""
+    scratch: Path
+    """Where replies are kept; it outlasts a killed attempt."""
+
+    def absolute(self) -> "AskJob":
+        """Return the job with absolute paths: workers run elsewhere."""
+        paths: dict[str, Path | None] = {"adapter": self.adapter and self.adapter.resolve()}
+        paths |= {name: getattr(self, name).resolve() for name in ("model", "data", "scratch")}
+        return self.model_copy(update=paths)
+
+
+class Answer(Frozen):
+    """What a model said to a prompt."""
+
+    text: str
+    num_tokens: int
+    """The stop token aside."""
+    truncated: bool
+    """No stop token came within the allowed number of tokens."""
+
+
+class Batch(Frozen):
+    """Questions that go through a model together."""
+
+    kind: Literal["loss", "answers"]
+    numbers: tuple[int, ...]
+    """Of the held-out rows, or of the prompts."""
+
+
+class Reply(Frozen):
+    """What a model said to one batch."""
+
+    batch: Batch
+    nats: tuple[float, ...] = ()
+    """Of each row: negative log-likelihood of its supervised tokens."""
+    answers: tuple[Answer, ...] = ()
+    """To each prompt."""
+
+
+class Crew(Protocol):
+    """Workers that put held-out questions to a model, each to a copy of its own."""
+
+    def ask(self, job: AskJob, on_reply: Callable[[Reply], None]) -> None:
+        """Ask everything, calling ``on_reply`` once for each batch, in any order.
+
+        Raises:
+            ModelError: The model answers with numbers that are not finite.
             ResourceError: The cluster has not what was asked for.
             LaunchError: Workers were lost more often than allowed.
         """
@@ -155,12 +224,14 @@ class Registry(Protocol):
 
 @dataclass(frozen=True)
 class Services:
-    """The four services that every stage gets."""
+    """What every stage gets."""
 
     tracker: Tracker
     registry: Registry
     launcher: Launcher
     progress: Progress
+    crew: Crew | None = None
+    """None: a stage asks its model by itself, in this process."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +246,8 @@ class Context:
     registry: Registry
     launcher: Launcher
     progress: Progress
+    crew: Crew | None = None
+    """None: the stage asks its model by itself, in this process."""
 
 
 @dataclass(frozen=True)

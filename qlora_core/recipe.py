@@ -285,7 +285,13 @@ def _validation_problems(error: ValidationError, data: Mapping[str, Any]) -> lis
         if detail["type"] == "literal_error" and is_of_a_group:
             continue  # a branch of a union that was plainly not meant
         told.setdefault(name, []).append(_message(detail, name))
-    return [(name, "; or ".join(dict.fromkeys(texts))) for name, texts in told.items()]
+    return [(name, _joined(list(dict.fromkeys(texts)))) for name, texts in told.items()]
+
+
+def _joined(texts: list[str]) -> str:
+    """Say what was given once, then all that would do."""
+    given = texts[0].partition("; ")[0] + "; "
+    return "; or ".join([texts[0], *(text.removeprefix(given) for text in texts[1:])])
 
 
 def _dotted(loc: tuple[int | str, ...], data: Any) -> str:

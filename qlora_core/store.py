@@ -189,6 +189,7 @@ class Store:
             registry=services.registry,
             launcher=services.launcher,
             progress=services.progress,
+            crew=services.crew,
         )
         try:
             facts = stage.run(context, **inputs)  # type: ignore[call-arg]  # bound by name above

@@ -19,12 +19,16 @@ from qlora_core.artifacts import Artifact, Facts, RegisteredModel
 from qlora_core.backends.memory import SilentProgress
 from qlora_core.backends.mlflow_registry import MlflowRegistry
 from qlora_core.backends.mlflow_tracking import MlflowTracker
+from qlora_core.backends.ray_address import is_jobs_endpoint, require_jobs_address
+from qlora_core.backends.ray_crew import RayCrew, has_crew
+from qlora_core.backends.ray_jobs import RayJobsLauncher
+from qlora_core.backends.ray_jobs_crew import RayJobsCrew
 from qlora_core.backends.ray_process import WaitingDriver
 from qlora_core.backends.ray_resources import require_local_room
 from qlora_core.backends.ray_train import RayTrainLauncher
 from qlora_core.config import CustomScorer, QuantizationConfig, RunConfig
 from qlora_core.errors import LaunchError, QLoraError
-from qlora_core.ports import Launcher, Progress, Services, Stage
+from qlora_core.ports import Crew, Launcher, Progress, Services, Stage
 from qlora_core.sources import Source, find_source
 from qlora_core.store import Store
 from tasks import places
@@ -169,8 +173,9 @@ def open_workspace(
     services = Services(
         tracker=tracker,
         registry=_registry(config, tracker),
-        launcher=around.launcher or _ray(config, progress, around.waiting),
+        launcher=around.launcher or _launcher(config, progress, around.waiting),
         progress=progress,
+        crew=None if around.launcher else _crew(config, progress),
     )
     return Workspace(config, Store(places.store_root(config), provenance), services, progress, keep)
 
@@ -197,10 +202,13 @@ def require_workers(config: RunConfig) -> None:
 
     Raises:
         ResourceError: It cannot, and no other cluster is named.
+        UserError: What is named cannot be the address of a Ray Jobs endpoint.
     """
     cluster = places.cluster(config)
     if cluster.address is None:
         require_local_room(cluster)
+    elif is_jobs_endpoint(cluster.address):
+        require_jobs_address(cluster.address)
 
 
 def resolved_quantization(config: RunConfig) -> QuantizationConfig:
@@ -220,7 +228,7 @@ def is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> boo
     return isinstance(error, ConnectionError | TimeoutError)
 
 
-def _ray(config: RunConfig, progress: RunProgress, waiting: WaitingDriver) -> RayTrainLauncher:
+def _launcher(config: RunConfig, progress: RunProgress, waiting: WaitingDriver) -> Launcher:
     def say(message: str) -> None:
         progress.say("train_adapter", message)
 
@@ -229,7 +237,22 @@ def _ray(config: RunConfig, progress: RunProgress, waiting: WaitingDriver) -> Ra
 
     require_workers(config)
     cluster = places.cluster(config)
+    if is_jobs_endpoint(cluster.address):
+        return RayJobsLauncher(cluster, config.snapshots, say, check)
     return RayTrainLauncher(cluster, config.snapshots, say, check, waiting)
+
+
+def _crew(config: RunConfig, progress: RunProgress) -> Crew | None:
+    def say(message: str) -> None:
+        progress.say("evaluate", message)
+
+    def check() -> None:
+        progress.check("evaluate")
+
+    cluster = places.cluster(config)
+    if not has_crew(cluster):
+        return None
+    return (RayJobsCrew if is_jobs_endpoint(cluster.address) else RayCrew)(cluster, say, check)
 
 
 def _registry(config: RunConfig, tracker: MlflowTracker) -> MlflowRegistry:

@@ -3,8 +3,17 @@ from transformers import LlamaConfig
 
 from qlora_core.artifacts import PreparedDataset, SplitFacts
 from qlora_core.config import RunConfig
-from qlora_core.modeling.shape import shape_of
-from qlora_core.plan import Device, Plan, RawSize, plan_run, plan_stages, training_size
+from qlora_core.modeling.shape import published_config, shape_of
+from qlora_core.plan import (
+    Device,
+    Plan,
+    RawSize,
+    ShapePlan,
+    plan_run,
+    plan_shape,
+    plan_stages,
+    training_size,
+)
 
 CPU = Device(kind="cpu", name="2 cores", memory_bytes=24 * 10**9, compute_dtype="float32")
 H100 = Device(kind="cuda", name="H100", memory_bytes=80 * 10**9, compute_dtype="bfloat16")
@@ -230,6 +239,79 @@ def test_weights_are_kept_dequantised_as_the_recipe_says_and_memory_allows(devic
     made = plan(recipe(quantization={"keep_dequantized": keep}), device=sized)
 
     assert made.memory[0].dense / 1e9 == pytest.approx(dense_gb, abs=0.01)
+
+
+def test_a_plan_says_what_each_strategy_needs_on_the_recipes_workers():
+    config = recipe(cluster={"workers": 4})
+
+    ddp, fsdp = plan(config).strategies
+
+    assert (ddp.strategy, fsdp.strategy, fsdp.num_workers) == ("ddp", "fsdp", 4)
+    assert ddp.estimate.dense == fsdp.estimate.dense == 0
+    whole = ddp.estimate.weights + ddp.estimate.constants
+    # the 8B base's linear layers by hand, half a byte and 1/64 a weight
+    assert fsdp.estimate.weights == pytest.approx(6_979_321_856 * (1 / 2 + 1 / 64) / 4, rel=1e-5)
+    assert fsdp.estimate.gathered == pytest.approx(2 * 112_459_776, rel=1e-5)
+    assert 4 * fsdp.estimate.weights == pytest.approx(whole, rel=0.001)
+
+
+@pytest.mark.parametrize("parts", [{}, {"quantization": {"method": "int8"}},
+                                   {"adapter": {"dora": True}}])  # fmt: skip
+def test_one_worker_or_a_base_that_cannot_be_divided_has_one_strategy(parts):
+    cluster = {"workers": 4} if parts else {"workers": 1}
+
+    made = plan(recipe(cluster=cluster, **parts))
+
+    assert [need.strategy for need in made.strategies] == ["ddp"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "memory_gb", "is_sharded"),
+    [("auto", 80, False), ("auto", 6.3, True), ("fsdp", 80, True), ("ddp", 6.3, False)],
+)
+def test_the_plans_memory_is_of_the_strategy_that_workers_will_choose(
+    strategy, memory_gb, is_sharded
+):
+    small = H100.model_copy(update={"memory_bytes": int(memory_gb * 10**9)})
+
+    made = plan(recipe(cluster={"workers": 4, "strategy": strategy}), device=small)
+
+    assert bool(made.memory[0].gathered) is is_sharded
+    assert any("in 4 parts" in note for note in made.notes) is is_sharded
+    if is_sharded:
+        assert made.memory[0].dense == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "workers", "ddp_fits", "fsdp_fits", "chosen"),
+    [
+        ("8b", 8, True, True, "ddp"),
+        ("70b", 8, True, True, "ddp"),
+        ("405b", 8, False, True, "fsdp"),
+        ("405b", 4, False, False, "fsdp"),
+    ],
+)
+def test_a_published_size_is_planned_without_a_model(size, workers, ddp_fits, fsdp_fits, chosen):
+    config = recipe(cluster={"workers": workers})
+    shape = shape_of(published_config(size), config.quantization, config.adapter)
+
+    made = plan_shape(config, model=size, shape=shape, device=H100)
+
+    assert [need.fits for need in made.strategies] == [ddp_fits, fsdp_fits]
+    assert made.chosen == chosen
+    assert ShapePlan.model_validate_json(made.model_dump_json()) == made
+
+
+def test_parts_in_the_hosts_memory_let_a_70b_model_fit_two_small_gpus():
+    shape = shape_of(published_config("70b"), recipe().quantization, recipe().adapter)
+    small = H100.model_copy(update={"memory_bytes": 24 * 10**9})
+
+    def fits(**cluster: object) -> bool:
+        config = recipe(cluster={"workers": 2, **cluster})
+        return plan_shape(config, model="70b", shape=shape, device=small).strategies[1].fits
+
+    assert not fits()
+    assert fits(offload_base=True)
 
 
 def test_a_plan_is_plain_data():

@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.training.workload import open_workload
 from qlora_core.artifacts import Frozen
 from qlora_core.config import AdapterConfig, QuantizationConfig, SnapshotConfig, TrainingConfig
+from qlora_core.modeling.sharding import Waitable
 from qlora_core.ports import TrainJob
 from qlora_core.training.comm import Comm
 
@@ -85,6 +86,10 @@ class CountingComm:
     def gather(self, value: Any) -> list[Any]:
         """Return every worker's ``value``."""
         return self._inner.gather(value)
+
+    def gather_parts(self, whole: Tensor, part: Tensor) -> Waitable:
+        """Begin to fill ``whole`` with every worker's ``part``."""
+        return self._inner.gather_parts(whole, part)
 
     def steps(self) -> list[Mark]:
         """Return the marks of gradients: the largest messages there are."""

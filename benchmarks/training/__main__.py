@@ -222,25 +222,29 @@ def _options() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--systems", type=_names, help=f"some of {','.join(SYSTEMS)}; default: all that can run")
-    add("--rounds", type=int, default=3)
-    add("--steps", type=int, default=4, help="optimizer steps measured in each round")
-    add("--warmup", type=int, default=1, help="optimizer steps before the clocks start")
-    add("--global-batch", type=int, default=8, help="rows of an optimizer step")
-    add("--micro-batch", type=int, default=8, help="rows of a forward pass")
-    add("--rows", type=int, default=2000, help="rows of an epoch")
+    add("--rounds", type=_positive, default=3)
+    add("--steps", type=_positive, default=4, help="optimizer steps measured in each round")
+    add("--warmup", type=_positive, default=1, help="optimizer steps before the clocks start")
+    add("--global-batch", type=_positive, default=8, help="rows of an optimizer step")
+    add("--micro-batch", type=_positive, default=8, help="rows of a forward pass")
+    add("--rows", type=_positive, default=2000, help="rows of an epoch")
     add("--gsm8k", type=Path, help="GSM8K's train.jsonl; default: of QLORAFLOW_DATA, else made up")
     add("--python", type=_python, action="append", default=[], metavar="FAMILY=PATH",
         help=f"use this Python for a family: {', '.join(FAMILIES)}")  # fmt: skip
     add("--shared-machine", action="store_true",
         help="in all systems, threads that wait sleep: for machines with other work")  # fmt: skip
-    add("--timeout", type=int, default=1800, help="seconds a system may take")
+    add("--timeout", type=_positive, default=1800, help="seconds a system may take")
     add("--out", type=Path, help="folder for the results; default: benchmarks/results")
     options = parser.parse_args()
     if options.global_batch % options.micro_batch:
         parser.error("--global-batch must be a multiple of --micro-batch")
-    if options.warmup < 1:
-        parser.error("--warmup must be at least 1: the clocks start at the end of a step")
     return options
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
 
 
 def _names(text: str) -> list[str]:

@@ -41,6 +41,36 @@ def require_ray(address: str, patience_s: float = _PATIENCE_S) -> None:
         time.sleep(_PAUSE_S)
 
 
+def is_jobs_endpoint(address: str | None) -> bool:
+    """Say whether this names a Ray Jobs endpoint, and not a Ray to connect to."""
+    return address is not None and address.startswith(("http://", "https://"))
+
+
+def require_jobs_address(address: str) -> None:
+    """Return if ``address`` may be that of a Ray Jobs endpoint; nobody is asked.
+
+    Raises:
+        UserError: It is none, or holds a secret.
+    """
+    try:
+        parts = urlsplit(address)
+        is_one = is_jobs_endpoint(address) and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        is_one = False
+    if not is_one:
+        raise UserError(
+            f"cluster.address (or RAY_ADDRESS) {address!r} is no address of a Ray Jobs endpoint.",
+            fix="Give the dashboard's, as in http://head:8265 or https://ray.example.com.",
+        )
+    if "@" in parts.netloc or parts.query:
+        raise UserError(
+            f"the address of the Ray Jobs endpoint at {parts.hostname} holds more than a place.",
+            why="Addresses are kept in clear by Prefect and MLflow.",
+            fix="Give the token through RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, with "
+            "RAY_AUTH_MODE=token.",
+        )
+
+
 def _endpoint(address: str) -> tuple[str, int]:
     try:
         parts = urlsplit(address if "//" in address else f"//{address}")
@@ -50,6 +80,7 @@ def _endpoint(address: str) -> tuple[str, int]:
     if port is None or parts.hostname is None:
         raise UserError(
             f"cluster.address (or RAY_ADDRESS) {address!r} is no address of a Ray.",
-            fix="Give host and port, as in head:6379 or ray://head:10001, or auto.",
+            fix="Give host and port, as in head:6379 or ray://head:10001, or auto; or the Ray Jobs "
+            "endpoint of a remote cluster, as in https://head:8265.",
         )
     return parts.hostname, port

@@ -20,17 +20,17 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+
+from pydantic import TypeAdapter
 
 import qlora_core
 from qlora_core.backends import process_session
-from qlora_core.backends.ray_resources import WORKER_PROCESS, local_cpus, share_out
-from qlora_core.backends.ray_worker import RayHome, RaySpec, WorkerOrder, train_on_worker
-from qlora_core.config import ClusterConfig
-from qlora_core.errors import KilledError, LaunchError, QLoraError
+from qlora_core.backends.ray_resources import WORKER_PROCESS, local_cpus
+from qlora_core.backends.ray_work import Spec, carry_out, fit, outcome, shares
+from qlora_core.backends.ray_worker import RayHome, WorkerOrder
+from qlora_core.errors import LaunchError, QLoraError
 from qlora_core.training.durable import replace_durably
 
-_KILLED = ("OutOfMemoryError", "running low on memory")
 OBJECT_STORE_BYTES = 80_000_000
 """Nothing big goes through Ray's object store; 75 MiB is the least it takes."""
 
@@ -60,7 +60,7 @@ class _Jobs(threading.Thread):
 
     def __init__(self, home: RayHome) -> None:
         super().__init__(daemon=True)
-        self.spec: RaySpec | None = None
+        self.spec: Spec | None = None
         self._home = home
         self._given = threading.Event()
         self._patience = threading.Timer(home.idle_s or 0.0, self._end)
@@ -77,7 +77,7 @@ class _Jobs(threading.Thread):
         finally:
             self._end()
 
-    def wait(self) -> RaySpec:
+    def wait(self) -> Spec:
         """Return the job when it is known."""
         self._given.wait()
         assert self.spec is not None  # noqa: S101  # set before the event
@@ -85,7 +85,7 @@ class _Jobs(threading.Thread):
 
     def _pass_on(self, file: Path) -> None:
         text = file.read_bytes()
-        self.spec = RaySpec.model_validate_json(text)
+        self.spec = TypeAdapter[Spec](Spec).validate_json(text)
         with self.spec.log.open("ab") as log:
             for output in (sys.stdout, sys.stderr):
                 os.dup2(log.fileno(), output.fileno())
@@ -106,18 +106,21 @@ def _run(home: RayHome, jobs: _Jobs) -> None:
     import ray
 
     _connect(home)
-    is_own = home.cluster.address is None
-    order = WorkerOrder(job_file=home.job_file) if is_own else WorkerOrder(spec=jobs.wait())
+    if home.cluster.address is None:  # ended by the launcher, which is quicker than `shutdown`
+        _train_on_our_own(home, jobs)
+        return
     try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus, gpus = share_out(home.cluster, nodes)
-        storage = home.temp / "train" if order.spec is None else order.spec.job.scratch / "ray"
-        error = _fit(home.cluster, order.model_copy(update={"num_threads": cpus}), gpus, storage)
-        if error is not None:
-            raise _outcome(error, home.cluster, jobs.spec.log if jobs.spec else home.log)
+        carry_out(home.cluster, jobs.wait())
     finally:
-        if not is_own:  # our own is ended by the launcher, which is quicker
-            ray.shutdown()
+        ray.shutdown()
+
+
+def _train_on_our_own(home: RayHome, jobs: _Jobs) -> None:
+    cpus, gpus = shares(home.cluster)
+    order = WorkerOrder(job_file=home.job_file, num_threads=cpus)
+    failure = fit(home.cluster, order, gpus, home.temp / "train")
+    if failure is not None:
+        raise outcome(failure, home.cluster, jobs.spec.log if jobs.spec else home.log)
 
 
 def _connect(home: RayHome) -> None:
@@ -152,66 +155,6 @@ def worker_environment() -> dict[str, str]:
     """Return the variables every worker needs."""
     wanted = {name: os.environ[name] for name in ("HF_HUB_OFFLINE",) if name in os.environ}
     return wanted | WORKER_PROCESS
-
-
-def _fit(
-    cluster: ClusterConfig, order: WorkerOrder, gpus: float, storage: Path
-) -> Exception | None:
-    """Let Ray Train carry out ``order``; return what it could not get over."""
-    from ray.exceptions import RayError
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    cpus = order.num_threads
-    trainer = TorchTrainer(
-        train_on_worker,
-        train_loop_config=order.model_dump(mode="json"),
-        torch_config=TorchConfig(timeout_s=300),
-        scaling_config=ScalingConfig(
-            num_workers=_num_workers(cluster),
-            elastic_resize_monitor_interval_s=cluster.resize_every_s,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
-        ),
-        run_config=RunConfig(
-            name=uuid4().hex,
-            storage_path=str(storage),
-            failure_config=FailureConfig(
-                max_failures=cluster.max_failures, controller_failure_limit=6
-            ),
-        ),
-    )
-    try:
-        trainer.fit()
-    except (TrainingFailedError, RayError) as error:
-        failure: Exception = error
-        return failure
-    return None
-
-
-def _num_workers(cluster: ClusterConfig) -> int | tuple[int, int]:
-    workers = cluster.workers
-    return workers if isinstance(workers, int) else (workers.min, workers.max)
-
-
-def _outcome(error: Exception, cluster: ClusterConfig, log: Path) -> QLoraError:
-    """Return what a worker raised, if it is final; otherwise that workers were lost too often."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        cause = getattr(failure, "_base_exc", failure)  # Ray wraps it with its traceback
-        if isinstance(cause, QLoraError) and not cause.is_transient:
-            return cause
-    first_line = str(error).strip().partition("\n")[0]
-    if any(text in str(error) for text in _KILLED):
-        return KilledError(
-            f"Ray killed a worker for the memory it took: {first_line[:300]}",
-            fix=f"Lower training.micro_batch, or set training.checkpointing=on. The log: {log}",
-        )
-    return LaunchError(
-        f"Training was interrupted more than cluster.max_failures={cluster.max_failures} "
-        f"times: {type(error).__name__}: {first_line}",
-        why="Workers were lost, or could not be started.",
-        fix=f"Run again to go on from the last snapshot. The log: {log}",
-    )
 
 
 if __name__ == "__main__":

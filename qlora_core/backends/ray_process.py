@@ -19,6 +19,7 @@ from queue import Empty, SimpleQueue
 
 import qlora_core
 from qlora_core.backends import process_session
+from qlora_core.backends.ray_asker import AskSpec
 from qlora_core.backends.ray_resources import WORKER_PROCESS
 from qlora_core.backends.ray_worker import RayHome, RaySpec
 from qlora_core.config import ClusterConfig
@@ -30,9 +31,8 @@ and beside a preparation that takes longer than this, starting anew counts for l
 _PATIENCE_S = 10.0  # with somebody else's Ray, which is told that we leave; ours keeps nothing
 
 # Measured with Ray 2.60: what each default costs is in the comment.
-_RAY_SETTINGS = {
+TRAIN_SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # 2 s: a lost worker is noticed later
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # 600 s: a stopped worker blocks that long
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # x 6 controller failures > 65 s to lose a node
@@ -40,9 +40,14 @@ _RAY_SETTINGS = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10",  # 30 s for each restart after a hang
     "RAY_TRAIN_METRICS_ENABLED": "0",  # Prometheus gauges that nobody reads
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers would run in a folder of Ray's
+    **WORKER_PROCESS,
+}
+"""Environment of Ray Train, on whatever Ray it runs."""
+_RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "0",  # idle processes that nobody here asks for
     "RAY_worker_niceness": "0",  # 15: training would wait for whatever else this machine does
-    **WORKER_PROCESS,
+    **TRAIN_SETTINGS,
 }
 
 
@@ -55,7 +60,7 @@ class DriverProcess:
     pipe: int
     _said: bytes = field(default=b"", init=False)
 
-    def give(self, spec: RaySpec) -> None:
+    def give(self, spec: RaySpec | AskSpec) -> None:
         """Let it run the job of ``spec``; what it has said before is kept in the job's log."""
         file = spec.job.scratch / "ray_spec.json"
         replace_durably(file, spec.model_dump_json().encode())

@@ -95,6 +95,11 @@ def _asked(cluster: ClusterConfig) -> str:
     )
 
 
+def places_on(node: Node, cpus: int, gpus: float) -> int:
+    """Return how many workers of that size a node holds when nothing else runs there."""
+    return _places([node], cpus, gpus)
+
+
 def _places(nodes: list[Node], cpus: int, gpus: float) -> int:
     by_cpu = [int(node.get("CPU", 0) // cpus) for node in nodes]
     if not gpus:

@@ -19,7 +19,7 @@ from pathlib import Path
 from qlora_core.backends.ray_address import require_ray
 from qlora_core.backends.ray_process import DriverProcess, WaitingDriver, start_driver
 from qlora_core.backends.ray_resources import require_local_room
-from qlora_core.backends.ray_worker import RaySpec
+from qlora_core.backends.ray_worker import LOG_FILE, RaySpec
 from qlora_core.backends.triage import PAUSES_S, LostDriverError, Triage
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import QLoraError, from_json
@@ -71,11 +71,11 @@ class RayTrainLauncher:
         else:
             self.say(f"connecting to Ray at {self.cluster.address}")
             require_ray(self.cluster.address)
-        job = _absolute(job)
+        job = job.absolute()
         job.scratch.mkdir(parents=True, exist_ok=True)
         for stale in (JOURNAL_FILE, SUMMARY_FILE):  # snapshots hold the journal's truth
             (job.scratch / stale).unlink(missing_ok=True)
-        follower = _Follower.of(job, on_step, self.say)
+        follower = StepFollower.of(job, on_step, self.say)
         triage = Triage(job.scratch, self.cluster.max_failures, self.pauses_s)
         while True:
             launch = ""
@@ -93,9 +93,15 @@ class RayTrainLauncher:
             self.check()
             time.sleep(_POLL_S)
 
-    def _launch(self, job: TrainJob, launch: str, follower: "_Follower") -> None:
+    def _launch(self, job: TrainJob, launch: str, follower: "StepFollower") -> None:
         """Run one driver to the end of the job."""
-        spec = RaySpec(job=job, snapshots=self.snapshots, launch=launch, log=_log_file(job))
+        spec = RaySpec(
+            job=job,
+            snapshots=self.snapshots,
+            launch=launch,
+            log=job.scratch / LOG_FILE,
+            cluster=self.cluster,
+        )
         reserve(spec.error_file)  # so that a full store can be told, too
         driver = self.waiting.take() or start_driver(self.cluster, spec.log)
         try:
@@ -112,7 +118,7 @@ class RayTrainLauncher:
 
 
 @dataclass
-class _Follower:
+class StepFollower:
     """Passes on what the workers write down."""
 
     steps: StepTail
@@ -124,12 +130,14 @@ class _Follower:
     @classmethod
     def of(
         cls, job: TrainJob, on_step: Callable[[StepMetrics], None], say: Callable[[str], None]
-    ) -> "_Follower":
+    ) -> "StepFollower":
+        """Listen to ``job``: all of its steps, and of its notes what comes from now on."""
         notes = Tail(job.scratch / NOTES_FILE)
         list(notes.lines())  # what earlier runs said was told then
         return cls(StepTail(job.scratch / JOURNAL_FILE), notes, on_step, say)
 
     def catch_up(self) -> None:
+        """Pass on what is new."""
         for note in self.notes.lines():
             self.say(note)
         for metrics in self.steps.steps():
@@ -138,7 +146,7 @@ class _Follower:
 
 
 def _watch(
-    driver: DriverProcess, spec: RaySpec, follower: _Follower, check: Callable[[], None]
+    driver: DriverProcess, spec: RaySpec, follower: StepFollower, check: Callable[[], None]
 ) -> bool:
     """Follow a driver to its end; return whether it finished, False if it was lost."""
     while not driver.has_answered() and not spec.error_file.exists():
@@ -152,16 +160,6 @@ def _watch(
     if outcome:
         raise from_json(outcome)
     return outcome is not None
-
-
-def _absolute(job: TrainJob) -> TrainJob:
-    """Return ``job`` with absolute paths: workers run elsewhere."""
-    names = ("base", "data", "out", "scratch")
-    return job.model_copy(update={name: getattr(job, name).resolve() for name in names})
-
-
-def _log_file(job: TrainJob) -> Path:
-    return job.scratch / "ray.log"
 
 
 def last_lines(path: Path, count: int = 15) -> str:

@@ -17,6 +17,8 @@ from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import CollectiveError, QLoraError, StoreError, TrainingError
 from qlora_core.ports import TrainJob
 
+LOG_FILE = "ray.log"
+"""In a scratch folder: what driver and workers say."""
 _POLL_S = 0.05
 
 
@@ -45,6 +47,8 @@ class RaySpec(Frozen):
     launch: str
     log: Path
     """Where driver and workers write what they say."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Says where the base shall lie."""
 
     @property
     def error_file(self) -> Path:
@@ -109,7 +113,8 @@ def _train(spec: RaySpec, num_threads: int) -> None:
     if group.get_world_size() > 1:
         comm = TorchComm(device, group.get_local_world_size())
     lookout = Lookout(_is_preempted if is_preemption_watched() else never)
-    run_worker(spec.job, comm, spec.snapshots, spec.launch, device, lookout=lookout)
+    given = (spec.job, comm, spec.snapshots, spec.launch, device)
+    run_worker(*given, lookout=lookout, cluster=spec.cluster)
 
 
 def is_preemption_watched() -> bool:

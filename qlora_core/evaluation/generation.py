@@ -14,6 +14,7 @@ Dims: B rows of a batch, P prompt tokens, A answer tokens.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,20 +24,62 @@ from qlora_core.data.prepared import Prompt
 from qlora_core.errors import ModelError
 from qlora_core.evaluation.prefix import Prefix, shared_prefix
 from qlora_core.modeling.loading import context_length_of
+from qlora_core.ports import Answer
 
 _MAX_PADDING = 1.5
 """A batch ends before a prompt that is this many times shorter than the batch's longest."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a model said to a prompt."""
+class Answering:
+    """Prompts cut into batches for one model, wherever each batch is then computed.
 
-    text: str
-    num_tokens: int
-    """The stop token aside."""
-    truncated: bool
-    """No stop token came within the allowed number of tokens."""
+    What a batch holds, and which prefix is computed once, follows from all prompts; so a batch gets
+    the same answers on any worker of the same kind.
+
+    Args:
+        model: A causal LM in eval mode.
+        tokenizer: The one the prompts were made with.
+        prompts: What to answer.
+        max_new_tokens: Longest answer; shorter where the model's context ends before.
+        batch_size: Most prompts of one forward pass.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Prompt]
+    max_new_tokens: int
+    batch_size: int
+
+    @cached_property
+    def batches(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of prompts of similar length and equal room for the answer, longest first."""
+        lengths = [len(prompt.ids) for prompt in self.prompts]
+        return tuple(map(tuple, _batches(lengths, self._rooms, self.batch_size)))
+
+    @cached_property
+    def _rooms(self) -> list[int]:
+        context = context_length_of(self.model.config)
+        return [min(self.max_new_tokens, context - len(p.ids) + 1) for p in self.prompts]
+
+    @cached_property
+    def _stops(self) -> list[int]:
+        return stop_tokens(self.model, self.tokenizer)
+
+    @cached_property
+    def _prefix(self) -> Prefix:
+        return shared_prefix(self.model, [prompt.ids for prompt in self.prompts])
+
+    def answer(self, batch: Sequence[int]) -> tuple[Answer, ...]:
+        """Return the greedy answer to each prompt of ``batch``, in its order.
+
+        Raises:
+            ModelError: Neither model nor tokenizer names a stop token.
+        """
+        stops, ids = self._stops, [self.prompts[i].ids for i in batch]
+        with _greedy(self.model, stops, self._rooms[batch[0]]):
+            new_BA = _continue(self.model, ids, self._prefix, stops[0])
+        return tuple(_answer(self.tokenizer, ids, stops) for ids in new_BA.tolist())
 
 
 def answer_prompts(
@@ -61,16 +104,10 @@ def answer_prompts(
     Raises:
         ModelError: Neither model nor tokenizer names a stop token.
     """
-    stops = stop_tokens(model, tokenizer)
-    context = context_length_of(model.config)
-    rooms = [min(max_new_tokens, context - len(prompt.ids) + 1) for prompt in prompts]
-    prefix = shared_prefix(model, [prompt.ids for prompt in prompts])
+    task = Answering(model, tokenizer, prompts, max_new_tokens, batch_size)
     answers: dict[int, Answer] = {}
-    for batch in _batches([len(prompt.ids) for prompt in prompts], rooms, batch_size):
-        with _greedy(model, stops, rooms[batch[0]]):
-            new_BA = _continue(model, [prompts[i].ids for i in batch], prefix, stops[0])
-        for i, ids in zip(batch, new_BA.tolist(), strict=True):
-            answers[i] = _answer(tokenizer, ids, stops)
+    for batch in task.batches:
+        answers.update(zip(batch, task.answer(batch), strict=True))
         on_done(len(answers))
     return tuple(answers[i] for i in range(len(prompts)))
 

@@ -11,8 +11,10 @@ Dims: B rows of a batch, T positions, S supervised positions of the batch, V voc
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -28,6 +30,45 @@ from qlora_core.evaluation.records import LossRow
 _NONE = Prefix()
 _MAX_LOGITS = 64_000_000
 """Logits of one batch: 256 MB in float32, and as much again in the loss."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Held-out rows cut into batches for one model, wherever each batch is then computed.
+
+    What a batch holds, and which prefix is computed once, follows from all rows; so a batch gives
+    the same numbers on any worker of the same kind.
+
+    Args:
+        model: A causal LM in eval mode.
+        rows: Held-out rows.
+        scored: Which of them; each has a predicted token.
+        batch_size: Most rows of one forward pass.
+    """
+
+    model: PreTrainedModel
+    rows: Rows
+    scored: tuple[int, ...]
+    batch_size: int
+
+    @cached_property
+    def batches(self) -> tuple[tuple[int, ...], ...]:
+        """Row numbers of similar length, longest first."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return tuple(map(tuple, _batches(self.rows, self.scored, self.batch_size, vocabulary)))
+
+    @cached_property
+    def _prefix(self) -> Prefix:
+        return _prompt_prefix(self.model, self.rows, self.scored)
+
+    def nats(self, batch: Sequence[int]) -> tuple[float, ...]:
+        """Return each row's negative log-likelihood, in order of ``batch``.
+
+        Raises:
+            ModelError: The model answers with numbers that are not finite.
+        """
+        found = _row_nats(self.model, self.rows, batch, self._prefix)
+        return tuple(_finite(row, nats) for row, nats in zip(batch, found, strict=True))
 
 
 def measure_likelihood(
@@ -49,18 +90,26 @@ def measure_likelihood(
     Raises:
         ModelError: The model answers with numbers that are not finite.
     """
-    found: dict[int, float] = {}
-    scored = [row for row in indices if rows.num_supervised[row] > 0]
-    prefix = _prompt_prefix(model, rows, scored)
-    for batch in _batches(rows, scored, batch_size, model.config.get_text_config().vocab_size):
-        for row, nats in zip(batch, _row_nats(model, rows, batch, prefix), strict=True):
-            found[row] = _finite(row, nats)
+    scored = tuple(row for row in indices if rows.num_supervised[row] > 0)
+    task, found = Likelihood(model, rows, scored, batch_size), dict[int, float]()
+    for batch in task.batches:
+        found.update(zip(batch, task.nats(batch), strict=True))
         on_done(len(found))
+    return loss_rows(rows, scored, found)
+
+
+def loss_rows(rows: Rows, scored: Sequence[int], nats: Mapping[int, float]) -> tuple[LossRow, ...]:
+    """Return what is kept of each row, in order of ``scored``.
+
+    Args:
+        rows: Held-out rows.
+        scored: Which of them were measured.
+        nats: Negative log-likelihood by row.
+    """
     units = _units(rows)
     return tuple(
-        LossRow(row, units[row], round(found[row], 6), int(rows.num_supervised[row]))
-        for row in indices
-        if row in found
+        LossRow(row, units[row], round(nats[row], 6), int(rows.num_supervised[row]))
+        for row in scored
     )
 
 

@@ -18,7 +18,7 @@ alone; the numbers are the same.
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -76,14 +76,28 @@ class Fused:
         return tuple(name for name, number in parts.items() if not number)
 
 
+AtHand = Callable[[nn.Module], AbstractContextManager[None]]
+
+
+def always_here(_: nn.Module) -> AbstractContextManager[None]:
+    """Fetch nothing: all weights are in memory."""
+    return nullcontext()
+
+
 @contextmanager
-def fused(model: nn.Module, budget_bytes: int, kernels: Kernels = NO_KERNELS) -> Iterator[Fused]:
+def fused(
+    model: nn.Module,
+    budget_bytes: int,
+    kernels: Kernels = NO_KERNELS,
+    at_hand: AtHand = always_here,
+) -> Iterator[Fused]:
     """Compute ``model`` by fused functions inside the block.
 
     Args:
         model: Carries one adapter; everything else is frozen.
         budget_bytes: For dequantised weights; what does not fit is dequantised in every pass.
         kernels: What to use where it fits; torch does the rest.
+        at_hand: Returns a block within which a module's weights are here, to try it.
     """
     with ExitStack() as undo:
         products: dict[Any, Product] = {}
@@ -110,7 +124,7 @@ def fused(model: nn.Module, budget_bytes: int, kernels: Kernels = NO_KERNELS) ->
             base_layers=frozenset(layer.get_base_layer() for layer in products),
             spare_bytes=budget_bytes,
             num_left=sum(isinstance(m, LoraLayer) for m in model.modules()) - len(products),
-            num_gated=_fuse_gated(model, products, kernels.silu_gate, undo),
+            num_gated=_fuse_gated(model, products, kernels.silu_gate, undo, at_hand),
             num_norms=_fuse_norms(model, undo),
             num_rotary=_fuse_rotary(model, kernels.rotate_both, undo),
             forget=forget,
@@ -184,7 +198,11 @@ class _Shared:
 
 
 def _fuse_gated(
-    model: nn.Module, products: dict[Any, Product], kernel: GateKernel | None, undo: ExitStack
+    model: nn.Module,
+    products: dict[Any, Product],
+    kernel: GateKernel | None,
+    undo: ExitStack,
+    at_hand: AtHand,
 ) -> int:
     num_fused = 0
     for parent in model.modules():
@@ -198,7 +216,9 @@ def _fuse_gated(
             blocks = [block]
             if kernel is not None and activation is SILU:
                 blocks.insert(0, replace(block, kernel=kernel))
-            num_fused += any(_replace_if_same(undo, parent, b, gate.in_features) for b in blocks)
+            with at_hand(parent):
+                same = (_replace_if_same(undo, parent, b, gate.in_features) for b in blocks)
+                num_fused += any(same)
     return num_fused
 
 

@@ -50,9 +50,11 @@ class _CrossEntropySum(torch.autograd.Function):
         loss = torch.zeros((), device=hidden_KH.device)
         chunk_bytes = GPU_CHUNK_BYTES if hidden_KH.is_cuda else CHUNK_BYTES
         num_rows = max(1, chunk_bytes // (4 * len(weight_VH)))
+        room_CV = hidden_KH.new_empty(min(num_rows, len(hidden_KH)), len(weight_VH))
         for start in range(0, len(hidden_KH), num_rows):
             chunk = slice(start, start + num_rows)
-            logits_CV = hidden_KH[chunk] @ weight_VH.T
+            rows_CH = hidden_KH[chunk]
+            logits_CV = torch.mm(rows_CH, weight_VH.T, out=room_CV[: len(rows_CH)])
             if dh_KH is None:
                 loss -= _log_shares(logits_CV).gather(1, labels_K[chunk, None]).sum()
                 continue

@@ -243,6 +243,19 @@ def load_merged(folder: Path, device: torch.device | str = "cpu") -> PreTrainedM
     return _load_saved(folder, device, torch.float32 if on_cpu else "auto")
 
 
+def load_saved_config(folder: Path) -> Any:
+    """Return the transformers configuration that lies in ``folder/model``.
+
+    Raises:
+        ArtifactError: It cannot be read.
+    """
+    place = folder / "model"
+    with _said_as_artifact(folder):
+        return AutoConfig.from_pretrained(
+            place, local_files_only=True, trust_remote_code=any(place.glob("*.py"))
+        )
+
+
 def load_saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer that lies in ``folder/model``.
 

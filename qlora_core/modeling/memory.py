@@ -31,6 +31,7 @@ from qlora_core.modeling.activations import (
 from qlora_core.modeling.dtypes import DtypeName, torch_dtype
 from qlora_core.modeling.head import CHUNK_BYTES
 from qlora_core.modeling.shape import LinearGroup, Shape
+from qlora_core.modeling.sharding import aligned
 
 Strategy = Literal["qlora", "lora", "full"]
 Recompute = Literal["nothing", "layers", "layers, inputs offloaded"]
@@ -60,6 +61,10 @@ class Workload(Frozen):
     """By our own functions (`modeling.fusing`), where the adapter allows it."""
     chunk_bytes: int = CHUNK_BYTES
     """Of float32 logits, in each lane (see `modeling.head`)."""
+    num_shards: int = 0
+    """Workers that each keep a part of the base (see `modeling.sharding`); 0: it is whole."""
+    offloads_base: bool = False
+    """The parts lie in the memory of a GPU's host."""
     dense_budget_bytes: int = 0
     """Room for dequantised weights that are kept while training (see `modeling.dense`)."""
     runtime_bytes: int = 0
@@ -76,9 +81,10 @@ class MemoryEstimate(Frozen):
 
     strategy: Strategy
     weights: int
-    """Frozen weights as stored; for full fine-tuning the trained ones."""
+    """Frozen weights as stored, or this worker's part of them with their scales; for full
+    fine-tuning the trained ones."""
     constants: int
-    """Scales and tables of the quantisation."""
+    """Scales and tables of the quantisation; of a sharded base what is whole everywhere."""
     unquantized: int
     """Embeddings, norms, biases and skipped layers, in the compute dtype."""
     adapter: int
@@ -93,6 +99,8 @@ class MemoryEstimate(Frozen):
     beyond `workspace`, as they are gone before it is needed."""
     workspace: int
     """The largest layer's weight, dequantised for its product, and its gradients (approximate)."""
+    gathered: int = 0
+    """Two blocks of a sharded base: the one that computes, and the one that comes."""
     dense: int = 0
     """4-bit weights kept dequantised, as far as memory allows."""
     runtime: int = 0
@@ -158,13 +166,48 @@ def quantized_bytes(num_out: int, num_in: int, quantization: QuantizationConfig)
     size = num_out * num_in
     if quantization.method == "int8":
         return size, FLOAT * num_out
-    num_blocks = math.ceil(size / _BLOCK)
-    packed = math.ceil(size / 2)
+    packed, scales = math.ceil(size / 2), _scale_bytes(size, quantization)
     if not quantization.double:
-        return packed, FLOAT * num_blocks + _CODE_4BIT
-    nested = FLOAT * math.ceil(num_blocks / _NESTED_BLOCK)
+        return packed, scales + _CODE_4BIT
+    nested = FLOAT * math.ceil(scales / _NESTED_BLOCK)
     offset = FLOAT
-    return packed, num_blocks + nested + _CODE_NESTED + offset + _CODE_4BIT
+    return packed, scales + nested + _CODE_NESTED + offset + _CODE_4BIT
+
+
+def _scale_bytes(size: int, quantization: QuantizationConfig) -> int:
+    """Return bytes of the scales of a 4-bit weight: one for each block, 8 bits or 32 each."""
+    return math.ceil(size / _BLOCK) * (1 if quantization.double else FLOAT)
+
+
+class Parts(Frozen):
+    """A 4-bit base that is divided among workers, in bytes on each of them."""
+
+    kept: int
+    """A part of all blocks, weights and scales."""
+    gathered: int
+    """The most that is put together at a time."""
+    whole: int
+    """Scales and tables that every worker keeps."""
+
+
+def parts_of(shape: Shape, quantization: QuantizationConfig, num_workers: int) -> Parts:
+    """Return what each worker holds of a sharded 4-bit base, its blocks being alike.
+
+    Args:
+        shape: The model's.
+        quantization: In 4 bits.
+        num_workers: Who divide it.
+    """
+    quantized = [group for group in shape.linears if group.is_quantized]
+    block, whole = 0.0, 0
+    for group in quantized:
+        packed, constants = quantized_bytes(group.num_out, group.num_in, quantization)
+        scales = _scale_bytes(group.num_out * group.num_in, quantization)
+        block += group.count / shape.num_layers * (aligned(packed) + aligned(scales))
+        whole += group.count * (constants - scales)
+    part = aligned(math.ceil(block / num_workers))
+    num_here = min(2, shape.num_layers)
+    return Parts(kept=shape.num_layers * part, gathered=num_here * num_workers * part, whole=whole)
 
 
 def optimizer_bytes(sizes: list[int], optimizer: str) -> int:
@@ -197,6 +240,12 @@ def _with_adapter(
     sizes = _adapter_sizes(shape, adapter)
     moments = optimizer_bytes(sizes, training.optimizer)
     is_fused = work.is_fused and _can_be_fused(quantization, adapter)
+    weights = sum(count * weight for count, weight, _ in stored)
+    constants, gathered = sum(count * constants for count, _, constants in stored), 0
+    if work.num_shards and quantized:
+        parts = parts_of(shape, quantization, work.num_shards)
+        weights = 0 if work.offloads_base else parts.kept
+        constants, gathered = parts.whole, parts.gathered
     dense = 0
     if quantization.method in ("nf4", "fp4"):
         unpacked = work.compute_bytes * sum(group.num_weights for group in quantized)
@@ -204,11 +253,12 @@ def _with_adapter(
     logits = _chunk_bytes(shape, work) if is_fused else _logits_bytes(shape, work)
     block = (_block_bytes if is_fused else _input_gradient_bytes)(shape, work)
     if work.recompute != "nothing":  # the loss lets go before a layer is computed again
+        block = round(block * _share_redone(work))
         logits = max(0, logits - block)
     return MemoryEstimate(
         strategy=strategy,
-        weights=sum(count * weight for count, weight, _ in stored),
-        constants=sum(count * constants for count, _, constants in stored),
+        weights=weights,
+        constants=constants,
         unquantized=work.compute_bytes * left,
         adapter=FLOAT * sum(sizes),
         gradients=FLOAT * sum(sizes),
@@ -216,6 +266,7 @@ def _with_adapter(
         activations=_activation_bytes(shape, adapter, work, is_fused=is_fused),
         logits=logits,
         workspace=_weight_bytes(shape, work, quantized, dense) + block,
+        gathered=gathered,
         dense=dense,
         runtime=work.runtime_bytes,
         paged=moments if training.optimizer.startswith("paged") else 0,
@@ -256,7 +307,16 @@ def _kept(shape: Shape, work: Workload, layer_bytes: float) -> int:
         return round(work.num_tokens * shape.num_layers * layer_bytes)
     num_inputs = shape.num_layers if work.recompute == "layers" else min(2, shape.num_layers)
     inputs = num_inputs * shape.hidden * work.compute_bytes
-    return round(work.num_tokens * (inputs + layer_bytes))
+    return round(work.num_tokens * (inputs + layer_bytes * _share_redone(work)))
+
+
+def _share_redone(work: Workload) -> float:
+    """Return which share of a redone layer counts: lanes are seldom at their widest all at once.
+
+    Exact for one lane; for two it lies between what both need together and half of that, and was
+    measured to be nearer to half (`python -m benchmarks.memory`).
+    """
+    return (1 + 1 / work.num_lanes) / 2
 
 
 def _logits_bytes(shape: Shape, work: Workload) -> int:

@@ -7,7 +7,7 @@ its layers are counted. So plans for 8B, 70B or 405B are made on a laptop.
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from qlora_core.artifacts import Frozen
 from qlora_core.config import AdapterConfig, QuantizationConfig
@@ -48,6 +48,31 @@ class Shape(Frozen):
     vocabulary: int
     tied: bool
     linears: tuple[LinearGroup, ...]
+
+
+_LLAMA_31 = {
+    "8b": (4096, 32, 14336, 32),
+    "70b": (8192, 80, 28672, 64),
+    "405b": (16384, 126, 53248, 128),
+}
+"""Hidden, layers, intermediate and heads of Llama 3.1, from the config.json that Meta publishes."""
+PUBLISHED = tuple(_LLAMA_31)
+"""Sizes that can be planned without a model at hand."""
+
+
+def published_config(size: str) -> LlamaConfig:
+    """Return the configuration of Llama 3.1 in one of the `PUBLISHED` sizes."""
+    hidden, num_layers, intermediate, num_heads = _LLAMA_31[size]
+    return LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=num_layers,
+        intermediate_size=intermediate,
+        num_attention_heads=num_heads,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        tie_word_embeddings=False,
+    )
 
 
 def shape_of(config: Any, quantization: QuantizationConfig, adapter: AdapterConfig) -> Shape:

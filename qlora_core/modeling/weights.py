@@ -166,6 +166,19 @@ class CheckpointWeights:
             return self._stored(name).float() * (scale_O / 127.0)[:, None]
         return self._stored(name)
 
+    def packed_names(self) -> frozenset[str]:
+        """Return the names of the weights that are stored in 4 bits."""
+        return frozenset(self._quant_state_of)
+
+    def read_packed(self, name: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return a 4-bit weight as it is stored, and what dequantises it, as bitsandbytes wants.
+
+        Args:
+            name: One of `packed_names`.
+        """
+        parts = [part for part in self._stored_in if part.startswith(f"{name}.")]
+        return self._stored(name), {part: self._stored(part) for part in parts}
+
     def _is_part(self, name: str) -> bool:
         module = name.rpartition(".")[0]
         of_4bit = any(prefix in self._quant_state_of for prefix in _prefixes(name))
@@ -179,11 +192,9 @@ class CheckpointWeights:
         return TensorInfo(info.shape, torch.float32) if name in self._scale_of else info
 
     def _dequantized_4bit(self, name: str) -> Tensor:
-        parts = [part for part in self._stored_in if part.startswith(f"{name}.")]
-        state = bnb.QuantState.from_dict(
-            {part: self._stored(part) for part in parts}, device=torch.device("cpu")
-        )
-        weight_OI: Tensor = bnb.dequantize_4bit(self._stored(name), state)
+        packed, parts = self.read_packed(name)
+        state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
+        weight_OI: Tensor = bnb.dequantize_4bit(packed, state)
         return weight_OI
 
     def _stored(self, name: str) -> Tensor:

@@ -6,18 +6,15 @@ row. The base's report depends on nothing that is trained, so it is made once pe
 `dataset_digest` names the rows that were *measured* (their tokens, prompts and references), not the
 dataset they came from: with a held-out file of its own, last month's champion stays comparable when
 training rows are added. `report.json` leaves out the seconds, so the same measurement makes the
-same bytes.
+same bytes, on however many workers: batches are cut before they are shared out.
 """
 
-import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from transformers import PreTrainedModel
 
 from qlora_core.artifacts import (
     AdapterCheckpoint,
@@ -29,39 +26,16 @@ from qlora_core.artifacts import (
     Sample,
 )
 from qlora_core.config import EvaluationConfig
-from qlora_core.data.prepared import Prompt, Rows, read_prompts, read_split
-from qlora_core.errors import DataError
-from qlora_core.evaluation.generation import Answer, answer_prompts
-from qlora_core.evaluation.likelihood import measure_likelihood
+from qlora_core.evaluation.interview import open_interview
+from qlora_core.evaluation.likelihood import loss_rows
 from qlora_core.evaluation.metrics import Scorer, make_scorers, measure, score_answer
-from qlora_core.evaluation.records import AnswerRow, LossRow, Records, write_records
-from qlora_core.fingerprint import canonical_json
-from qlora_core.modeling.dense import dense_weights
-from qlora_core.modeling.loading import load_base, load_merged, load_saved_tokenizer
-from qlora_core.modeling.lora import load_adapter
-from qlora_core.ports import Context, stage
+from qlora_core.evaluation.questions import Questions, read_questions, spread
+from qlora_core.evaluation.records import AnswerRow, Records, write_records
+from qlora_core.ports import Answer, AskJob, Context, Reply, stage
 from qlora_core.sources import Source
 
 Subject = Literal["base", "tuned", "merged"]
 REPORT_FILE = "report.json"
-
-
-@dataclass(frozen=True)
-class _Questions:
-    """What is asked: rows for the loss, prompts for answers."""
-
-    rows: Rows
-    indices: tuple[int, ...]
-    prompts: tuple[Prompt, ...]
-
-    def digest(self) -> str:
-        sha = hashlib.sha256()
-        for i in self.indices:
-            sha.update(int(self.rows.lengths[i]).to_bytes(8, "little"))
-            sha.update(self.rows.input_ids(i).tobytes() + self.rows.labels(i).tobytes())
-        asked = [[p.text, list(p.ids), list(p.references)] for p in self.prompts]
-        sha.update(canonical_json(asked).encode())
-        return sha.hexdigest()
 
 
 @stage(
@@ -94,14 +68,22 @@ def evaluate_model(
         DataError: There is no held-out row to measure.
         UserError: An own scorer cannot be used.
         ModelError: The model answers with numbers that are not finite.
+        LaunchError: Workers were lost more often than allowed.
     """
     started = time.monotonic()
     subject: Subject = "merged" if merged else "tuned" if adapter else "base"
     used = make_scorers(evaluation, scorers) if evaluation.generate else ()
-    questions = _questions(evaluation, data.path)
-    folder = merged.path if merged else base.path
-    model = load_merged(folder, _device()) if merged else _load(base.path, adapter)
-    records = _ask(ctx, evaluation, subject, questions, model, folder, used)
+    questions = read_questions(evaluation, data.path)
+    job = AskJob(
+        model=merged.path if merged else base.path,
+        is_merged=merged is not None,
+        adapter=adapter.path if adapter and not merged else None,
+        data=data.path,
+        evaluation=evaluation,
+        questions=questions.digest(),
+        scratch=ctx.scratch,
+    )
+    records = _records(questions, _ask(ctx, job, subject, questions), used)
     write_records(ctx.out, records)
     report = _report(evaluation, subject, questions, records, time.monotonic() - started)
     text = report.model_dump_json(indent=2, exclude={"seconds"})
@@ -109,91 +91,69 @@ def evaluate_model(
     return report
 
 
-def _questions(evaluation: EvaluationConfig, folder: Path) -> _Questions:
-    rows = read_split(folder, "heldout")
-    prompts = read_prompts(folder) if evaluation.generate else []
-    chosen = tuple(i for i in _spread(len(rows), evaluation.max_rows) if rows.num_supervised[i])
-    if not chosen:
-        raise DataError(
-            f"None of the {len(rows)} held-out rows has a token to predict.",
-            fix="Raise dataset.heldout.fraction, or give dataset.heldout.source.",
-        )
-    return _Questions(
-        rows, chosen, tuple(prompts[i] for i in _spread(len(prompts), evaluation.max_rows))
-    )
-
-
-def _spread(count: int, limit: int | None) -> list[int]:
-    """Return at most ``limit`` of ``count`` numbers, evenly spaced, as files may be sorted."""
-    kept = min(count, limit or count)
-    return [i * count // kept for i in range(kept)]
-
-
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _load(base: Path, adapter: Artifact[AdapterCheckpoint] | None) -> PreTrainedModel:
-    model = load_base(base, _device())
-    if adapter is not None:
-        load_adapter(model, adapter.path)  # PEFT puts its layers into the model itself
-    return model.eval()
+def _ask(ctx: Context, job: AskJob, subject: Subject, questions: Questions) -> "_Replies":
+    """Put all questions to the model: here, or on the workers of a cluster."""
+    replies = _Replies()
+    total = len(questions.indices) + len(questions.prompts)
+
+    def hear(reply: Reply) -> None:
+        replies.keep(reply)
+        ctx.progress.update(f"evaluate {subject}", replies.num_kept, total, reply.batch.kind)
+
+    if ctx.crew is not None:
+        ctx.crew.ask(job, hear)
+        return replies
+    with open_interview(job, _device()) as interview:
+        for batch in interview.batches:
+            hear(interview.reply(batch))
+    return replies
 
 
-def _ask(
-    ctx: Context,
-    evaluation: EvaluationConfig,
-    subject: Subject,
-    questions: _Questions,
-    model: PreTrainedModel,
-    folder: Path,
-    scorers: Sequence[Scorer],
-) -> Records:
-    num_rows, num_prompts = len(questions.indices), len(questions.prompts)
+@dataclass
+class _Replies:
+    """What came back so far, by the number of row or prompt: it may come in any order."""
 
-    def told(note: str, before: int) -> Callable[[int], None]:
-        total = num_rows + num_prompts
-        return lambda done: ctx.progress.update(f"evaluate {subject}", before + done, total, note)
+    nats: dict[int, float] = field(default_factory=dict)
+    answers: dict[int, Answer] = field(default_factory=dict)
 
-    with dense_weights(model):
-        losses = measure_likelihood(
-            model, questions.rows, questions.indices, evaluation.batch_size, told("loss", 0)
+    @property
+    def num_kept(self) -> int:
+        return len(self.nats) + len(self.answers)
+
+    def keep(self, reply: Reply) -> None:
+        numbers = reply.batch.numbers
+        if reply.batch.kind == "loss":
+            self.nats.update(zip(numbers, reply.nats, strict=True))
+        else:
+            self.answers.update(zip(numbers, reply.answers, strict=True))
+
+
+def _records(questions: Questions, replies: _Replies, scorers: Sequence[Scorer]) -> Records:
+    """Return all rows in their own order, so that who answered first leaves no trace."""
+    rows = []
+    for i, prompt in enumerate(questions.prompts):
+        answer = replies.answers[i]
+        rows.append(
+            AnswerRow(
+                prompt=prompt.text,
+                prediction=answer.text,
+                references=prompt.references,
+                scores=score_answer(scorers, i, answer.text, prompt.references),
+                truncated=answer.truncated,
+            )
         )
-        answers = answer_prompts(
-            model,
-            load_saved_tokenizer(folder),
-            questions.prompts,
-            max_new_tokens=evaluation.max_new_tokens,
-            batch_size=evaluation.batch_size,
-            on_done=told("answers", num_rows),
-        )
-    return _records(losses, questions.prompts, answers, scorers)
-
-
-def _records(
-    losses: tuple[LossRow, ...],
-    prompts: Sequence[Prompt],
-    answers: Sequence[Answer],
-    scorers: Sequence[Scorer],
-) -> Records:
-    asked = enumerate(zip(prompts, answers, strict=True))
-    rows = (
-        AnswerRow(
-            prompt=prompt.text,
-            prediction=answer.text,
-            references=prompt.references,
-            scores=score_answer(scorers, i, answer.text, prompt.references),
-            truncated=answer.truncated,
-        )
-        for i, (prompt, answer) in asked
-    )
+    losses = loss_rows(questions.rows, questions.indices, replies.nats)
     return Records(losses, tuple(rows))
 
 
 def _report(
     evaluation: EvaluationConfig,
     subject: Subject,
-    questions: _Questions,
+    questions: Questions,
     records: Records,
     seconds: float,
 ) -> EvalReport:
@@ -211,7 +171,7 @@ def _report(
 
 
 def _samples(records: Records, count: int) -> tuple[Sample, ...]:
-    shown = [records.answers[i] for i in _spread(len(records.answers), count)] if count else []
+    shown = [records.answers[i] for i in spread(len(records.answers), count)] if count else []
     return tuple(
         Sample(prompt=a.prompt, reference=a.references[0], prediction=a.prediction, scores=a.scores)
         for a in shown
@@ -219,7 +179,7 @@ def _samples(records: Records, count: int) -> tuple[Sample, ...]:
 
 
 def _notes(
-    evaluation: EvaluationConfig, questions: _Questions, num_truncated: int
+    evaluation: EvaluationConfig, questions: Questions, num_truncated: int
 ) -> tuple[str, ...]:
     notes = []
     num_rows, num_prompts = len(questions.rows), len(questions.prompts)

@@ -1,4 +1,4 @@
-"""How workers talk: sums of tensors, and a word from rank 0. Nothing else is needed.
+"""How workers talk: sums of tensors, a word from rank 0, and parts of a sharded base.
 
 The loop adds up gradients itself, so the model is never wrapped (no `.module`, no buckets, no
 search for unused parameters), and one worker or eight run the same code.
@@ -6,6 +6,9 @@ search for unused parameters), and one worker or eight run the same code.
 
 import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qlora_core.errors import CollectiveError
+from qlora_core.modeling.sharding import Waitable
+
+# torch 2.13 gave it this name and warns of the other
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Comm(Protocol):
@@ -39,6 +46,19 @@ class Comm(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """Return every worker's ``value`` (plain data) by rank, on every worker."""
 
+    def gather_parts(self, whole: Tensor, part: Tensor) -> Waitable:
+        """Begin to fill ``whole`` (W x S bytes) with every worker's ``part`` (S bytes), by rank.
+
+        Neither may be touched before what is returned has been waited for.
+        """
+
+
+class _Done:
+    """Nothing to wait for."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
 
 class Alone:
     """A single worker: nobody to talk to."""
@@ -57,6 +77,11 @@ class Alone:
     def gather(self, value: Any) -> list[Any]:
         """Return ``value`` alone."""
         return [value]
+
+    def gather_parts(self, whole: Tensor, part: Tensor) -> Waitable:
+        """Copy ``part``, which is all there is."""
+        whole.copy_(part)
+        return _Done()
 
 
 class TorchComm:
@@ -78,13 +103,8 @@ class TorchComm:
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
         """Replace ``tensor`` on every worker by the sum over all workers."""
-        try:
+        with _losses_told(self.rank):
             dist.all_reduce(tensor)
-        except RuntimeError as error:
-            raise CollectiveError(
-                f"worker {self.rank} lost the others: {error}",
-                why="A worker or its node died, or did not answer in time.",
-            ) from error
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's ``value`` on every worker."""
@@ -99,6 +119,13 @@ class TorchComm:
         letters = bytes(self._placed(starts[self.rank], list(text), ends[-1]))
         return [json.loads(letters[a:b]) for a, b in zip(starts, ends, strict=True)]
 
+    def gather_parts(self, whole: Tensor, part: Tensor) -> Waitable:
+        """Begin to fill ``whole`` with every worker's ``part``, by rank."""
+        with _losses_told(self.rank):
+            work = _gather_into(whole, part, async_op=True)
+        assert work is not None  # noqa: S101  # as it is asynchronous
+        return _Underway(work, self.rank)
+
     def _placed(self, start: int, numbers: list[int], size: int) -> list[int]:
         """Return (size,) numbers, each from the one worker that puts it there."""
         everybodys = torch.zeros(size, dtype=torch.int32, device=self._device)
@@ -107,3 +134,27 @@ class TorchComm:
         self.all_reduce_sum(everybodys)
         placed: list[int] = everybodys.tolist()
         return placed
+
+
+@dataclass(frozen=True)
+class _Underway:
+    """A collective of torch's; with nccl, waiting holds up the GPU's queue and not the host."""
+
+    work: dist.Work
+    rank: int
+
+    def wait(self) -> None:
+        """Return when it is done."""
+        with _losses_told(self.rank):
+            self.work.wait()
+
+
+@contextmanager
+def _losses_told(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise CollectiveError(
+            f"worker {rank} lost the others: {error}",
+            why="A worker or its node died, or did not answer in time.",
+        ) from error

@@ -85,7 +85,7 @@ class Tail:
             file.seek(self._offset)
             whole, newline, _ = file.read().rpartition(b"\n")
             self._offset += len(whole + newline)
-        yield from whole.decode("utf-8").splitlines()
+        yield from whole.decode("utf-8", "replace").splitlines()
 
 
 class StepTail:

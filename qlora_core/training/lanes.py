@@ -13,7 +13,7 @@ share out by chance, so it is not for lanes.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -40,7 +40,10 @@ class Lanes:
         """Yield what ``compute`` returns for each part of ``chunk``, in the order of the lanes."""
         if self._pool is None:
             return iter([compute(chunk)])
-        return self._pool.map(compute, share(chunk, rows.lengths, self.num_lanes))
+        parts = share(chunk, rows.lengths, self.num_lanes)
+        under_way = [self._pool.submit(compute, part) for part in parts]
+        wait(under_way)  # one that fails must not be tried again beside one that still computes
+        return (part.result() for part in under_way)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from qlora_core.config import TrainingConfig
 from qlora_core.data.prepared import Rows
 from qlora_core.errors import NotFiniteError
 from qlora_core.modeling.offload import kept_on_host
+from qlora_core.modeling.sharding import ShardedBase
 from qlora_core.ports import StepMetrics
 from qlora_core.training.batching import Indices, Plan, deal, heldout_rows
 from qlora_core.training.comm import Comm
@@ -40,6 +41,7 @@ from qlora_core.training.objective import LossFunction
 from qlora_core.training.optimizer import FlatGradients, Parameters
 from qlora_core.training.room import Room
 from qlora_core.training.schedule import learning_rate
+from qlora_core.training.together import Together
 
 R = TypeVar("R")
 
@@ -87,6 +89,10 @@ class Run:
     """Says whether all workers shall look up after this step (`lookout`)."""
     forget: Callable[[], None] = lambda: None
     """Lets go of what a pass that ran out of memory has left in the model."""
+    base: ShardedBase | None = None
+    """The base, if it lies in parts on all workers."""
+    together: Together | None = None
+    """How passes over a sharded base are made."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +133,14 @@ def measure_heldout(run: Run) -> float:
     rows = heldout_rows(len(run.heldout), run.config.heldout_rows)
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     run.model.eval()
-    for chunk in _shares(run, rows, run.heldout)[run.comm.rank]:
-        for loss in _in_passes(run, partial(_heldout_loss, run), chunk, run.heldout):
-            total += loss
+
+    def add_up() -> None:
+        total.zero_()
+        compute = partial(_heldout_loss, run)
+        for loss in _passes(run, compute, rows, run.heldout, goes_back=False):
+            total.add_(loss)
+
+    _until_it_fits(run, add_up)
     run.comm.all_reduce_sum(total)
     return float(total) / max(1, int(run.heldout.num_supervised[rows].sum()))
 
@@ -153,21 +164,43 @@ def _add_up_gradients(run: Run, step: int) -> int:
     """Leave the step's mean loss and its gradients in ``run.gradients``; return tokens computed."""
     rows = run.plan.rows(step)
     num_supervised = max(1, int(run.train.num_supervised[rows].sum()))
-    shares = _shares(run, rows, run.train)
     weight = _FLOAT16_WEIGHT if _is_float16(run) else 1 / num_supervised
-    run.gradients.zero()
     run.model.train()
-    with _seeded(run, step):
-        for chunk in shares[run.comm.rank]:
-            for part in _in_passes(run, partial(_differentiate, run, weight), chunk, run.train):
+
+    def add_up() -> None:
+        run.gradients.zero()
+        compute = partial(_differentiate, run, weight)
+        with _seeded(run, step):
+            for part in _passes(run, compute, rows, run.train, goes_back=True):
                 run.gradients.add(part.gradients)
                 run.gradients.loss.add_(part.loss)
                 run.gradients.num_computed.add_(part.num_tokens)
+
+    _until_it_fits(run, add_up)
     run.gradients.calls.fill_(float(run.calls()))
     run.comm.all_reduce_sum(run.gradients.message)
     if weight != 1 / num_supervised:
         run.gradients.multiply(1 / (num_supervised * weight))
     return int(run.gradients.num_computed)
+
+
+def _until_it_fits(run: Run, add_up: Callable[[], None]) -> None:
+    """Call ``add_up``; again, if workers that make their passes together ran out of memory."""
+    add_up()
+    while run.together is not None and run.together.must_repeat():
+        add_up()
+
+
+def _passes(
+    run: Run, compute: Callable[[Indices], R], chosen: Indices, rows: Rows, *, goes_back: bool
+) -> Iterator[R]:
+    """Yield what ``compute`` returns for each pass over this worker's share of ``chosen``."""
+    shares = _shares(run, chosen, rows)
+    if run.together is not None:
+        yield from run.together.passes(compute, shares, goes_back=goes_back)
+        return
+    for chunk in shares[run.comm.rank]:
+        yield from _in_passes(run, compute, chunk, rows)
 
 
 def _in_passes(

@@ -122,12 +122,13 @@ class LossFunction:
     def _shares_prefix(self, device: torch.device) -> bool:
         return not self.draws and device.type == "cpu"
 
-    def try_out(self, rows: Rows, device: torch.device) -> None:
+    def try_out(self, rows: Rows, device: torch.device, *, is_alone: bool = True) -> None:
         """Find out what this model allows; what it does not is said in ``notes``.
 
         Args:
             rows: Three of them, the longest among them, go through the model in several ways.
             device: Where the model is.
+            is_alone: Nobody waits for what is tried here, so it may be tried again with less.
         """
         by_length = np.argsort(rows.lengths, kind="stable")
         usable = by_length[rows.num_supervised[by_length] > 0]
@@ -138,7 +139,7 @@ class LossFunction:
             try:
                 self._try_out(rows, few, device)
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not is_alone or not is_out_of_memory(error):
                     raise
             else:
                 return

@@ -11,7 +11,8 @@ keeps weights dequantised. Should a pass run out of memory all the same, `Room.s
 the way. Neither changes the result: a step has the same rows, and its gradients are the same sums,
 in another order.
 
-`qlora plan` and the worker call the same function, so what a plan says is what a worker does.
+`qlora plan` and the worker call the same function, so what a plan says is what a worker does, if it
+finds the memory that the plan counted on: a plan knows what a machine has, a worker what is free.
 """
 
 import math
@@ -35,8 +36,6 @@ from qlora_core.training.collation import common_prefix
 
 RUNTIME_BYTES = 950_000_000
 """Resident memory of a worker on a CPU without a model: Python, torch, transformers, Ray."""
-LEAN_RUNTIME_BYTES = 800_000_000
-"""The same where freed memory is given back at once (`modeling.heap`): with recomputing."""
 USABLE = 0.9
 """Of a device: the rest goes to fragmentation, and to others."""
 
@@ -69,6 +68,8 @@ class Demand:
         max_length: Tokens of the longest row, where rows are not known.
         is_packed: Rows lie end to end.
         shares_prefix: What all rows of a lane begin with is computed once.
+        is_sharded: The base lies in parts on all workers.
+        offloads_base: Those lie in the memory of the GPUs' hosts.
         num_halvings: How often a pass has turned out to be too large before.
     """
 
@@ -84,6 +85,8 @@ class Demand:
     max_length: int = 0
     is_packed: bool = True
     shares_prefix: bool = False
+    is_sharded: bool = False
+    offloads_base: bool = False
     num_halvings: int = 0
 
     @property
@@ -94,6 +97,7 @@ class Demand:
     def workload(self, num_rows: int, recompute: Recompute) -> Workload:
         """Return the largest pass of at most ``num_rows`` rows."""
         chunk, kept = self._largest(num_rows), self.quantization.keep_dequantized
+        keeps_dense = isinstance(kept, int) and not self.is_sharded
         keeps_pairs = self.device == "cpu" and self.compute_dtype == "float32" and self.is_packed
         pairs = [num_pairs_of(length) for length in chunk.lengths if length <= KEPT_KEYS]
         return Workload(
@@ -104,14 +108,11 @@ class Demand:
             compute_dtype=self.compute_dtype,
             num_lanes=min(self.num_lanes, len(chunk.lengths)),
             chunk_bytes=GPU_CHUNK_BYTES if self.device == "cuda" else CHUNK_BYTES,
-            dense_budget_bytes=kept if isinstance(kept, int) else 0,
-            runtime_bytes=self._runtime_bytes(recompute),
+            num_shards=self.world_size if self.is_sharded else 0,
+            offloads_base=self.offloads_base and self.device == "cuda",
+            dense_budget_bytes=int(kept) if keeps_dense else 0,
+            runtime_bytes=RUNTIME_BYTES if self.device == "cpu" else 0,
         )
-
-    def _runtime_bytes(self, recompute: Recompute) -> int:
-        if self.device == "cuda":
-            return 0
-        return RUNTIME_BYTES if recompute == "nothing" else LEAN_RUNTIME_BYTES
 
     def estimate(self, work: Workload) -> MemoryEstimate:
         """Return what such a pass needs."""
@@ -222,7 +223,7 @@ def find_room(demand: Demand, memory_bytes: int) -> Room:
         need = demand.estimate(work).total
         if need <= usable:
             break
-    if demand.quantization.keep_dequantized == "auto":
+    if demand.quantization.keep_dequantized == "auto" and not demand.is_sharded:
         work = work.model_copy(update={"dense_budget_bytes": _spare(demand, usable - need)})
     return Room(num_rows, recompute, work, demand.estimate(work), fits=need <= usable)
 

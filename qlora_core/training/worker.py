@@ -18,19 +18,20 @@ import torch
 from peft import PeftModel
 
 from qlora_core.artifacts import Incident
-from qlora_core.config import SnapshotConfig
+from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.data.prepared import Rows, read_split
 from qlora_core.errors import DataError, ModelError, ResourceError
 from qlora_core.modeling.dense import dense_weights
-from qlora_core.modeling.dtypes import compute_dtype_name
-from qlora_core.modeling.fusing import fused
+from qlora_core.modeling.fusing import always_here, fused
 from qlora_core.modeling.heap import give_back_at_once
 from qlora_core.modeling.kernels import find_kernels, sizes_of
 from qlora_core.modeling.loading import load_base, quiet
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
 from qlora_core.modeling.memory import Recompute
 from qlora_core.modeling.packing import packed_attention
+from qlora_core.modeling.parts import load_in_parts
 from qlora_core.modeling.shape import Shape, shape_of_model
+from qlora_core.modeling.sharding import ShardedBase
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training import snapshot
 from qlora_core.training.batching import Plan, plan_training
@@ -44,7 +45,9 @@ from qlora_core.training.loop import Position, Run, train
 from qlora_core.training.memory import is_out_of_memory, memory_for_worker, peak_memory_bytes
 from qlora_core.training.objective import LossFunction
 from qlora_core.training.optimizer import FlatGradients, make_optimizer, restore
+from qlora_core.training.placing import Placement, demand_of, place_base
 from qlora_core.training.room import SMALLER, Demand, Room, find_room
+from qlora_core.training.together import Together
 
 
 def ignore(_: StepMetrics) -> None:
@@ -59,6 +62,7 @@ def run_worker(
     device: torch.device,
     on_step: Callable[[StepMetrics], None] = ignore,
     lookout: Lookout | None = None,
+    cluster: ClusterConfig = ClusterConfig(),  # noqa: B008  # frozen
 ) -> None:
     """Train to the end, going on from the newest valid snapshot if there is one.
 
@@ -70,6 +74,7 @@ def run_worker(
         device: Where this worker's model lives.
         on_step: Called on rank 0 for each step, those of earlier attempts first.
         lookout: Looks out for nodes that will be taken away; all workers have one, or none has.
+        cluster: Says where the base shall lie.
 
     Raises:
         TrainingError: The loss or a gradient is not finite.
@@ -81,7 +86,7 @@ def run_worker(
     lookout = lookout or Lookout()
     with _memory_errors():
         num_halvings = _agree_on_halvings(job, comm, launch, notes)
-        run = _prepare(job, comm, device, notes, num_halvings)
+        run = _prepare(job, comm, device, notes, cluster, num_halvings)
         position, steps = _go_on(run, job, notes)
         if comm.rank == 0:
             desk = open_desk(run, job, snapshots, launch, position.step, steps, notes)
@@ -131,7 +136,12 @@ def _agree_on_halvings(job: TrainJob, comm: Comm, launch: str, notes: list[str])
 
 
 def _prepare(
-    job: TrainJob, comm: Comm, device: torch.device, notes: list[str], num_halvings: int = 0
+    job: TrainJob,
+    comm: Comm,
+    device: torch.device,
+    notes: list[str],
+    cluster: ClusterConfig,
+    num_halvings: int,
 ) -> Run:
     train_rows, heldout = read_split(job.data, "train"), read_split(job.data, "heldout")
     if not len(train_rows) or not len(heldout):
@@ -139,8 +149,15 @@ def _prepare(
             f"There are {len(train_rows)} training and {len(heldout)} held-out rows.",
             fix="Training needs at least one of each; change dataset.heldout or give more rows.",
         )
-    model = attach_adapter(load_base(job.base, device), job.adapter, job.seed)
-    return assemble(job, model, (train_rows, heldout), comm, device, notes, num_halvings)
+    place, base = place_base(job, cluster, train_rows, comm, device, notes), None
+    if place.is_sharded:
+        offloads = place.is_offloaded
+        loaded, base = load_in_parts(job.base, device, comm, notes, is_offloaded=offloads)
+    else:
+        loaded = load_base(job.base, device)
+    model = attach_adapter(loaded, job.adapter, job.seed)
+    rows = (train_rows, heldout)
+    return assemble(job, model, rows, comm, device, notes, num_halvings, base)
 
 
 def assemble(
@@ -151,6 +168,7 @@ def assemble(
     device: torch.device,
     notes: list[str],
     num_halvings: int = 0,
+    base: ShardedBase | None = None,
 ) -> Run:
     """Return what `train` takes, the ways that work for this model and device found by trying.
 
@@ -162,13 +180,15 @@ def assemble(
         device: Where this worker's model lives.
         notes: Where it is said what had to be done the slow way.
         num_halvings: How often passes were too large before.
+        base: The model's base, if it is sharded.
     """
     train_rows, heldout = rows
-    loss = _loss_function(model, train_rows, device, notes)
+    loss = _loss_function(model, train_rows, device, notes, is_sharded=base is not None)
     if device.type == "cuda":  # what trying took says nothing of training
         torch.cuda.reset_peak_memory_stats(device)
-    shape = _shape(model, job)
-    room = _find_room(job, shape, comm, train_rows, loss, device, num_halvings)
+    place = Placement(base is not None, base is not None and base.is_offloaded)
+    demand = demand_of(job, _shape(model, job), train_rows, comm, device, place)
+    room = _find_room(replace(demand, num_halvings=num_halvings), comm, loss, device)
     _set_checkpointing(model, job, room.recompute, device)
     parameters = trainable_parameters(model)
     return Run(
@@ -185,6 +205,7 @@ def assemble(
         loss=loss,
         room=room,
         gradients=FlatGradients(parameters),
+        base=base,
     )
 
 
@@ -196,42 +217,29 @@ def _shape(model: PeftModel, job: TrainJob) -> Shape:
 
 
 def _loss_function(
-    model: PeftModel, rows: Rows, device: torch.device, notes: list[str]
+    model: PeftModel, rows: Rows, device: torch.device, notes: list[str], *, is_sharded: bool
 ) -> LossFunction:
     dtype = model.get_input_embeddings().weight.dtype
     kernels = find_kernels(device, dtype, sizes_of(model.config))
     notes += kernels.notes
     loss = LossFunction(model, notes, kernels)
-    loss.try_out(rows, device)
+    loss.try_out(rows, device, is_alone=not is_sharded)
     return loss
 
 
-def _find_room(
-    job: TrainJob,
-    shape: Shape,
-    comm: Comm,
-    rows: Rows,
-    loss: LossFunction,
-    device: torch.device,
-    num_halvings: int,
-) -> Room:
+def _find_room(demand: Demand, comm: Comm, loss: LossFunction, device: torch.device) -> Room:
     """Decide how a micro-batch is computed here; say what is not as the recipe asks."""
-    demand = Demand(
-        shape=shape,
-        quantization=job.quantization,
-        adapter=job.adapter,
-        training=job.training,
-        device="cuda" if device.type == "cuda" else "cpu",
-        compute_dtype=compute_dtype_name(job.quantization.compute_dtype, device.type),
-        world_size=comm.world_size,
-        num_lanes=_num_lanes(loss, job.training.micro_batch, device),
-        rows=(rows, plan_of(job, len(rows))),
+    micro_batch, is_sharded = demand.training.micro_batch, demand.is_sharded
+    known = replace(
+        demand,
+        num_lanes=_num_lanes(loss, micro_batch, device, is_sharded=is_sharded),
         is_packed=loss.packs,
         shares_prefix=loss.packs and not loss.draws and device.type == "cpu",
-        num_halvings=num_halvings,
     )
-    room = find_room(demand, memory_for_worker(device, comm.local_size))
-    loss.notes += room.notes(job.training)
+    room = find_room(known, memory_for_worker(device, comm.local_size))
+    if is_sharded:  # passes are made together
+        room.num_rows = min(comm.gather(room.num_rows))
+    loss.notes += room.notes(demand.training)
     return room
 
 
@@ -288,7 +296,8 @@ def fast_paths(run: Run) -> Iterator[Run]:
         if run.loss.packs:
             stack.enter_context(packed_attention(run.model))
         budget_bytes = run.room.workload.dense_budget_bytes
-        taken = stack.enter_context(fused(run.model, budget_bytes, run.loss.kernels))
+        at_hand = always_here if run.base is None else run.base.at_hand
+        taken = stack.enter_context(fused(run.model, budget_bytes, run.loss.kernels, at_hand))
         if taken.num_left:
             run.loss.notes.append(
                 f"{taken.num_left} adapted layers are computed by PEFT, as they have dropout or "
@@ -299,13 +308,23 @@ def fast_paths(run: Run) -> Iterator[Run]:
                 f"The model's own code computes {', '.join(taken.slow_parts)}: correct, but slower."
             )
         stack.enter_context(dense_weights(run.model, taken.spare_bytes, taken.base_layers))
-        num_lanes = _num_lanes(run.loss, run.config.micro_batch, run.device)
+        is_sharded = run.base is not None
+        num_lanes = _num_lanes(run.loss, run.config.micro_batch, run.device, is_sharded=is_sharded)
         lanes = stack.enter_context(open_lanes(num_lanes))
-        yield replace(run, lanes=lanes, forget=taken.forget)
+        together = _together(run, taken.forget)
+        yield replace(run, lanes=lanes, forget=taken.forget, together=together)
 
 
-def _num_lanes(loss: LossFunction, micro_batch: int, device: torch.device) -> int:
-    if device.type != "cpu" or loss.draws:
+def _together(run: Run, forget: Callable[[], None]) -> Together | None:
+    if run.base is None:
+        return None
+    return Together(run.base, run.comm, run.room, run.device, run.loss.notes, forget)
+
+
+def _num_lanes(
+    loss: LossFunction, micro_batch: int, device: torch.device, *, is_sharded: bool
+) -> int:
+    if device.type != "cpu" or loss.draws or is_sharded:  # one block is here, for one lane
         return 1
     return min(torch.get_num_threads(), micro_batch)
 

@@ -1,15 +1,12 @@
 import functools
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -24,6 +21,7 @@ from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import NotFiniteError, QLoraError, ResourceError, UserError
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.incidents import history
+from tests.backends.ray_nodes import ray_cluster
 
 pytestmark = pytest.mark.usefixtures("one_thread", "processes_before")
 SNAPSHOTS = SnapshotConfig(every_steps=5)
@@ -111,7 +109,7 @@ def test_a_lost_driver_is_started_again(make_job):
 def test_a_loss_that_stays_without_a_number_is_tried_once_more_and_told(broken_base, make_job):
     job = make_job().model_copy(update={"base": broken_base})
 
-    with pytest.raises(NotFiniteError, match="(?s)at step 1.*came back after going on"):
+    with pytest.raises(NotFiniteError, match=r"(?s)at step 1.*came back after going on"):
         train_on_ray(job, workers=1)
 
     assert [incident.kind for incident in history(job.scratch)] == ["not_finite"]
@@ -228,34 +226,13 @@ def test_nothing_is_left_when_the_launcher_is_killed(make_job, tmp_path):
     assert not temp.exists()
 
 
-@contextmanager
-def ray_head(port: int):
-    """A Ray of somebody else's, with one CPU; it leaves with all its processes."""
-    temp = tempfile.mkdtemp(prefix="rh-", dir="/tmp")
-    options = ["--head", f"--port={port}", "--num-cpus=1", "--include-dashboard=false", "--block"]
-    options += [f"--temp-dir={temp}", "--object-store-memory=80000000"]
-    ray = Path(sys.executable).with_name("ray")
-    with (Path(temp) / "head.log").open("wb") as log:
-        head = subprocess.Popen(
-            [ray, "start", *options], start_new_session=True, stdout=log, stderr=log
-        )
-    try:
-        require_ray(f"127.0.0.1:{port}", patience_s=60)
-        yield
-    finally:
-        process_session.end(head.pid, patience_s=5.0)
-        head.wait()
-        shutil.rmtree(temp, ignore_errors=True)
-
-
 @pytest.mark.ray
-def test_a_running_ray_is_used_where_an_address_is_given(make_job, monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
+def test_a_running_ray_is_used_where_an_address_is_given(make_job):
     alone = train_here(make_job("alone"))
 
-    with ray_head(port=26379):
-        steps, _ = train_on_ray(make_job("ray"), workers=1, address="127.0.0.1:26379")
+    with ray_cluster() as running:
+        running.start_head()
+        steps, _ = train_on_ray(make_job("ray"), workers=1, address=running.address)
 
     assert losses(steps) == pytest.approx(losses(alone), rel=1e-4)
 

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from qlora_core.ports import TrainJob
 from qlora_core.training.attempt import read_record
-from tests.chaos.nodes import ray_cluster
+from tests.backends.ray_nodes import ray_cluster
 from tests.chaos.place import NUM_STEPS, Place, train_on_ray
 from tests.chaos.processes import verdict
 from tests.chaos.trial import CannotBreakError, Trial, Watch, random_step, summary

@@ -21,7 +21,7 @@ from qlora_core.backends.mlflow_tracking import MlflowTracker
 from qlora_core.ports import StepMetrics
 from qlora_core.stages.train import tracked_metrics
 from tests.backends.mlflow_place import fresh_place
-from tests.chaos.nodes import free_port
+from tests.backends.ray_nodes import free_port
 from tests.chaos.place import NUM_STEPS, SNAPSHOTS, Place
 from tests.chaos.trial import Trial, Watch, curve_problems, random_step, told_problems
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -32,7 +33,10 @@ def worker(connection, home) -> Iterator[psutil.Process]:
     )
     yield psutil.Process(process.pid)
     process.terminate()
-    process.wait(30)
+    with suppress(subprocess.TimeoutExpired):  # Prefect takes its time on a busy machine
+        process.wait(30)
+    process.kill()
+    process.wait()
     log.close()
 
 

@@ -16,7 +16,7 @@ from flows.records import load_record, records
 from flows.result import RunResult
 from qlora_core.backends.in_process import InProcessLauncher
 from qlora_core.config import RunConfig
-from qlora_core.errors import ConfigError, DataError
+from qlora_core.errors import ConfigError, DataError, UserError
 from qlora_core.ports import Launcher
 from tests.flows.scenes import (
     NUM_STEPS,
@@ -285,6 +285,19 @@ def test_a_password_in_the_recipe_is_refused_before_anybody_stores_it(recipe, st
     with pytest.raises(ConfigError, match=f"{part}.{field} holds a password"):
         run(changed(recipe, part, **{field: "https://me:hunter2@somewhere.example"}))
 
+    assert len(records(store)) == before
+
+
+@pytest.mark.parametrize("address", ["https://t0ken@ray.example", "https://ray.example/?t=t0ken"])
+def test_a_token_in_the_clusters_address_is_refused_before_anybody_stores_it(
+    recipe, store, address
+):
+    before = len(records(store))
+
+    with pytest.raises(UserError, match="holds more than a place") as caught:
+        run(changed(recipe, "cluster", address=address))
+
+    assert "t0ken" not in str(caught.value)
     assert len(records(store)) == before
 
 

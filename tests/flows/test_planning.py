@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 from flows.planning import make_plan, show_plan
 from flows.quantities import count, size
+from flows.shapes import make_shape_plan, show_shape_plan
 from qlora_core.config import RunConfig
 from qlora_core.errors import ModelError, UserError
 from qlora_core.modeling.shape import shape_of
@@ -63,6 +64,27 @@ def test_memory_of_a_small_model_is_not_shown_as_zero():
 
     assert "Memory of one worker [MB]" in shown(made)
     assert "Memory of one worker [GB]" in shown(plan())
+
+
+def test_a_plan_for_several_workers_shows_what_each_strategy_needs():
+    text = shown(plan(recipe(cluster={"workers": 4})))
+
+    assert "One of 4 workers, by cluster.strategy [GB]" in text
+    assert "fsdp: base in parts" in text
+    assert "by cluster.strategy" not in shown(plan())
+
+
+def test_a_shape_is_planned_for_gpus_that_are_not_here_and_a_model_that_is_nowhere():
+    config = recipe(cluster={"workers": 8})
+
+    made = make_shape_plan(config, "405b", 80)
+    console = Console(record=True, width=200)
+    show_shape_plan(console, made)
+    text = console.export_text()
+
+    assert "406 B parameters, 126 layers" in text
+    assert "80 GB on a GPU" in text
+    assert "cluster.strategy would be fsdp" in text
 
 
 PAIRS = [{"prompt": f"day {n}", "completion": f"noon {n}"} for n in range(9)]

@@ -22,12 +22,15 @@ from qlora_core.modeling.memory import (
     estimate_lora,
     estimate_qlora,
     optimizer_bytes,
+    parts_of,
     quantized_bytes,
 )
 from qlora_core.modeling.packing import packed_attention
 from qlora_core.modeling.quantization import quantize_model
-from qlora_core.modeling.shape import Shape, shape_of
+from qlora_core.modeling.shape import Shape, published_config, shape_of
+from qlora_core.modeling.sharding import ShardedBase, blocks_of
 from qlora_core.training.collation import Batch, collate, pack
+from qlora_core.training.comm import Alone
 from qlora_core.training.objective import LossFunction
 
 GB = 1e9
@@ -356,3 +359,57 @@ def test_the_shape_is_plain_data():
 def test_targets_that_match_nothing_are_an_error_in_the_plan_already():
     with pytest.raises(ConfigError, match="wq_proj"):
         shape_of(SMALL, NF4, AdapterConfig(targets=("wq_proj",)))
+
+
+def test_a_part_of_a_sharded_base_is_predicted_to_the_byte():
+    for quantization in (NF4, QuantizationConfig(double=False)):
+        model, alone = small(SMALL, quantization), ShardedBase(Alone())
+        blocks = blocks_of(model)
+        for block in blocks:
+            alone.take(block)
+
+        planned = parts_of(shape_of(SMALL, quantization, ADAPTER), quantization, 1)
+
+        assert planned.kept == alone.part_bytes
+        with alone.at_hand(blocks[0]), alone.at_hand(blocks[1]):
+            assert planned.gathered == alone.present_bytes
+
+
+@pytest.mark.parametrize(
+    ("size", "num_parameters", "num_linear", "block_gb"),
+    # linear weights of a layer, 2 H^2 + 2 H (8 H / heads) + 3 H F, times layers; of a block in GB
+    [
+        ("8b", 8_030_261_248, 6_979_321_856, 0.1125),
+        ("70b", 70_553_706_496, 68_451_041_280, 0.4412),
+        ("405b", 405_853_388_800, 401_646_551_040, 1.6436),
+    ],
+)
+def test_a_published_size_needs_what_hand_arithmetic_says(
+    size, num_parameters, num_linear, block_gb
+):
+    """A 4-bit weight takes half a byte, and its scale a byte for each 64 of them."""
+    config = published_config(size)
+    shape = shape_of(config, NF4, ADAPTER)
+    per_weight = 1 / 2 + 1 / 64
+
+    parts = parts_of(shape, NF4, 8)
+
+    assert shape.num_parameters == num_parameters  # as Meta published them
+    assert sum(group.num_weights for group in shape.linears) == num_linear
+    assert parts.kept == pytest.approx(num_linear * per_weight / 8, rel=1e-5)
+    assert parts.gathered / 2 / GB == pytest.approx(block_gb, abs=0.0001)
+
+
+def test_sharding_divides_the_base_and_nothing_else():
+    shape = shape_of(LLAMA_70B, NF4, ADAPTER)
+    whole = estimate_qlora(shape, NF4, ADAPTER, TRAINING, work())
+
+    parts = estimate_qlora(shape, NF4, ADAPTER, TRAINING, work(num_shards=4))
+    on_host = estimate_qlora(shape, NF4, ADAPTER, TRAINING, work(num_shards=4, offloads_base=True))
+
+    assert 4 * parts.weights + parts.constants == pytest.approx(
+        whole.weights + whole.constants, rel=0.001
+    )
+    changed = {"weights", "constants", "gathered"}
+    assert whole.model_dump(exclude=changed) == parts.model_dump(exclude=changed)
+    assert on_host == parts.model_copy(update={"weights": 0})

@@ -28,11 +28,12 @@ from qlora_core.data.prepared import (
     write_split,
 )
 from qlora_core.errors import DataError, UserError
+from qlora_core.evaluation.interview import open_interview
 from qlora_core.evaluation.records import read_records
 from qlora_core.evaluation.table import side_by_side
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter, save_adapter
-from qlora_core.ports import Context
+from qlora_core.ports import Context, Reply
 from qlora_core.sources import find_source
 from qlora_core.stages.evaluate import evaluate_model
 from tests.tiny import bring_own_code
@@ -101,13 +102,15 @@ def write_data(folder: Path, *, num_rows: int = 9, num_prompts: int = 5, seed: i
     return folder
 
 
-def evaluate(folder: Path, made, *, config=CONFIG, subject="base", data=None, scorers=()):
+def evaluate(
+    folder: Path, made, *, config=CONFIG, subject="base", data=None, scorers=(), crew=None
+):
     """Run the stage on one subject and return its artefact."""
     progress = RecordingProgress()
     (folder / subject).mkdir(parents=True)
     ctx = Context(
         folder / subject, folder, MemoryTracker(), MemoryRegistry(), launcher=None,
-        progress=progress,
+        progress=progress, crew=crew,
     )  # fmt: skip
     facts = evaluate_model(
         ctx,
@@ -301,3 +304,22 @@ def test_a_merged_model_that_brings_its_own_trusted_code_is_measured(tmp_path, m
     report = evaluate(tmp_path / "a", mine, subject="merged").facts
 
     assert report.metrics == evaluate(tmp_path / "b", made, subject="merged").facts.metrics
+
+
+class ReversedCrew:
+    """Workers who reply last to what is asked first; replies travel as text."""
+
+    def ask(self, job, on_reply):
+        with open_interview(job, torch.device("cpu")) as interview:
+            for batch in reversed(interview.batches):
+                text = interview.reply(batch).model_dump_json()
+                on_reply(Reply.model_validate_json(text))
+
+
+@pytest.mark.parametrize("subject", ["base", "tuned", "merged"])
+def test_who_replies_first_leaves_no_trace_in_the_report(tmp_path, made, subject):
+    alone = evaluate(tmp_path / "alone", made, subject=subject).path
+    crew = evaluate(tmp_path / "crew", made, subject=subject, crew=ReversedCrew()).path
+
+    for name in ("report.json", "rows.jsonl"):
+        assert (crew / name).read_bytes() == (alone / name).read_bytes()

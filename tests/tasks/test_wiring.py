@@ -8,8 +8,11 @@ from prefect.states import Failed
 
 from flows.planning import make_plan
 from qlora_core.artifacts import Facts, RegisteredModel
+from qlora_core.backends.in_process import InProcessLauncher
 from qlora_core.backends.memory import MemoryRegistry, MemoryTracker, RecordingProgress
-from qlora_core.config import ClusterConfig, RunConfig
+from qlora_core.backends.ray_jobs import RayJobsLauncher
+from qlora_core.backends.ray_train import RayTrainLauncher
+from qlora_core.config import ClusterConfig, RunConfig, SnapshotConfig
 from qlora_core.errors import DataError, LaunchError, ResourceError, UserError
 from qlora_core.ports import Services, stage
 from qlora_core.store import Store
@@ -191,3 +194,42 @@ def test_more_workers_than_this_machine_holds_are_found_before_any_work(config, 
         make_plan(many)
 
     assert open_workspace(elsewhere, MemoryTracker(), {}, Kept()).config == elsewhere
+
+
+@pytest.mark.parametrize(
+    ("address", "launcher"), [("https://ray.example", RayJobsLauncher), ("h:1", RayTrainLauncher)]
+)
+def test_training_is_a_job_where_the_address_is_a_jobs_endpoint(
+    config, monkeypatch, address, launcher
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    named = config.model_copy(update={"cluster": ClusterConfig(address=address, workers=5000)})
+
+    with surrounded_by(Surroundings(RecordingProgress())):
+        by_recipe = open_workspace(named, MemoryTracker(), {}, Kept())
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        by_environment = open_workspace(config, MemoryTracker(), {}, Kept())
+
+    assert type(by_recipe.services.launcher) is launcher
+    assert type(by_environment.services.launcher) is launcher
+
+
+def test_what_cannot_be_a_jobs_endpoint_is_told_before_any_work(config):
+    wrong = config.model_copy(update={"cluster": ClusterConfig(address="http://head:port")})
+
+    with pytest.raises(UserError, match="http://head:8265"):
+        make_plan(wrong)
+
+
+def test_a_cluster_with_several_workers_evaluates_too_unless_the_run_trains_here(config):
+    def crew(launcher=None, **cluster):
+        changed = config.model_copy(update={"cluster": ClusterConfig(**cluster)})
+        with surrounded_by(Surroundings(RecordingProgress(), launcher)):
+            return open_workspace(changed, MemoryTracker(), {}, Kept()).services.crew
+
+    shared = {"address": "10.0.0.1:6379", "workers": 4}
+
+    assert crew(**shared).cluster == ClusterConfig(**shared)
+    assert crew(address="10.0.0.1:6379") is None
+    assert crew(workers=1) is None
+    assert crew(InProcessLauncher(SnapshotConfig()), **shared) is None

@@ -1,0 +1,47 @@
+"""``qlora plan --shape 70b``: what a model of a published size needs, without downloading it."""
+
+from rich.console import Console
+
+from flows.planning import local_device
+from flows.quantities import count
+from flows.strategies import strategies_table
+from qlora_core.config import RunConfig
+from qlora_core.modeling.shape import published_config, shape_of
+from qlora_core.plan import Device, ShapePlan, plan_shape
+from tasks.wiring import resolved_quantization
+
+
+def make_shape_plan(config: RunConfig, size: str, gpu_gb: float | None) -> ShapePlan:
+    """Return what training a Llama 3.1 of this size as the recipe says needs of each device.
+
+    Args:
+        config: The recipe; its model and dataset are not opened.
+        size: One of `modeling.shape.PUBLISHED`.
+        gpu_gb: Memory of each worker's GPU [GB]; none: what this machine has.
+    """
+    shape = shape_of(published_config(size), config.quantization, config.adapter)
+    device = local_device(resolved_quantization(config))
+    if gpu_gb is not None:
+        device = Device(
+            kind="cuda",
+            name="a GPU",
+            memory_bytes=int(gpu_gb * 1e9),
+            compute_dtype="bfloat16",
+        )
+    return plan_shape(config, model=f"Llama 3.1 {size.upper()}", shape=shape, device=device)
+
+
+def show_shape_plan(console: Console, plan: ShapePlan) -> None:
+    """Print the plan."""
+    console.print(
+        f"{plan.model}: {count(plan.shape.num_parameters)} parameters, "
+        f"{plan.shape.num_layers} layers; rows of {plan.max_length} tokens",
+        highlight=False,
+    )
+    console.print(strategies_table(plan.strategies, plan.device))
+    console.print(f"cluster.strategy would be {plan.chosen}.", highlight=False)
+    console.print(
+        "[dim]- Activations, logits and workspace are approximate; all other memory is exact. Of "
+        "a sharded base, two blocks are whole on each worker at a time.[/]",
+        highlight=False,
+    )

@@ -1,0 +1,87 @@
+"""What the nodes of a cluster have to be ready for: a training, or questions to a model.
+
+An errand names what workers read and write, and the least memory that a worker needs. That is
+counted on the model's skeleton, as `qlora plan` does; what is not known before a worker has tried
+(does packing work for this model?) is taken to go well. So a node is refused only where even the
+smallest pass cannot fit, and what is tight is left to the worker, who finds its way or says so.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_core.config import ClusterConfig
+from qlora_core.ports import AskJob, TrainJob
+
+
+@dataclass(frozen=True)
+class Errand:
+    """What a node has to be ready for."""
+
+    scratch: Path
+    """A folder in the store that workers write to."""
+    folders: tuple[Path, ...]
+    """What workers read."""
+    compute_dtype: str
+    """Of products."""
+    least_bytes: Callable[[], int | None]
+    """Counts what a worker needs at least; takes seconds. None: only loading the model can tell."""
+    smaller: str = ""
+    """How to need less."""
+
+
+def training_errand(job: TrainJob, cluster: ClusterConfig, cpus: int, gpus: float) -> Errand:
+    """Return what ``job`` asks of nodes, on workers with so many CPUs and GPUs."""
+    from qlora_core.training.room import SMALLER
+
+    def least_bytes() -> int | None:
+        return _least_of_training(job, cluster, cpus, "cuda" if gpus else "cpu")
+
+    return Errand(
+        scratch=job.scratch,
+        folders=(job.base, job.data),
+        compute_dtype=job.quantization.compute_dtype,
+        least_bytes=least_bytes,
+        smaller=SMALLER,
+    )
+
+
+def asking_errand(job: AskJob) -> Errand:
+    """Return what ``job`` asks of nodes: room for the weights, whatever the batches are."""
+
+    def least_bytes() -> int:
+        return sum(file.stat().st_size for file in (job.model / "model").glob("*.safetensors"))
+
+    folders = (job.model, job.data, *([job.adapter] if job.adapter else []))
+    return Errand(job.scratch, folders, compute_dtype="", least_bytes=least_bytes)
+
+
+def _least_of_training(job: TrainJob, cluster: ClusterConfig, cpus: int, device: str) -> int | None:
+    from transformers import AutoConfig
+
+    from qlora_core.data.prepared import read_split
+    from qlora_core.modeling.dtypes import compute_dtype_name
+    from qlora_core.modeling.shape import shape_of
+    from qlora_core.training.batching import plan_training
+    from qlora_core.training.room import Demand
+    from qlora_core.training.strategies import strategy_needs
+
+    folder, is_gpu = job.base / "model", device == "cuda"
+    if any(folder.glob("*.py")):
+        return None  # a model that brings code is built by workers alone
+    rows = read_split(job.data, "train")
+    demand = Demand(
+        shape=shape_of(AutoConfig.from_pretrained(folder), job.quantization, job.adapter),
+        quantization=job.quantization,
+        adapter=job.adapter,
+        training=job.training,
+        device="cuda" if is_gpu else "cpu",
+        compute_dtype=compute_dtype_name(job.quantization.compute_dtype, device),
+        world_size=cluster.min_workers,
+        num_lanes=1 if is_gpu or job.adapter.dropout else cpus,
+        rows=(rows, plan_training(job.training, job.seed, len(rows))),
+        shares_prefix=not is_gpu and not job.adapter.dropout,
+        offloads_base=cluster.offload_base and is_gpu,
+    )
+    needs = {need.strategy: need.estimate.total for need in strategy_needs(demand, memory_bytes=0)}
+    return min(needs.values()) if cluster.strategy == "auto" else needs.get(cluster.strategy)

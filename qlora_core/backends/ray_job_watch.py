@@ -1,0 +1,217 @@
+"""One Ray job from the flow's side: start it, follow it, stop it.
+
+What happens is read from the store: journal, notes, log, answer. The endpoint is asked only every
+few seconds whether the job still runs, so it may be away for minutes and nothing is lost but
+knowledge; patience with it counts from the last step that was seen.
+"""
+
+import os
+import re
+import shlex
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from qlora_core.backends.ray_job_log import Voice
+from qlora_core.backends.ray_job_order import JobOrder, found_last_word, order_file
+from qlora_core.backends.ray_jobs_client import ClusterAwayError, JobsClient, RayJob
+from qlora_core.backends.ray_package import package
+from qlora_core.backends.ray_process import TRAIN_SETTINGS
+from qlora_core.backends.ray_train import last_lines
+from qlora_core.backends.triage import LostDriverError
+from qlora_core.errors import (
+    LaunchError,
+    QLoraError,
+    ResourceError,
+    TrainingError,
+    UserError,
+    from_json,
+)
+
+PATIENCE_S = 600.0
+"""With a cluster that is away: a head that moves to another machine takes minutes."""
+STOP_S = 15.0
+"""How long a job that was told to stop is watched."""
+_POLL_S = 0.1
+_ASK_S = 2.0
+_PAUSE_S = 1.0
+_GRACE_S = 3.0  # from the end of a job to its answer, where the store is a network's
+_SHARED_S = 60.0  # such a file system may hide a new file that long
+_UNUSABLE = re.compile(r"ModuleNotFoundError: .*|ImportError: .*|\S+: (?:command )?not found")
+
+
+class OutOfReachError(LaunchError):
+    """Nobody can be asked; the job may well go on."""
+
+
+@dataclass
+class JobWatch:
+    """Follows one order."""
+
+    order: JobOrder
+    client: JobsClient
+    voice: Voice
+    say: Callable[[str], None]
+    check: Callable[[], None]
+    patience_s: float
+    _ask_at: float = field(default=0.0, init=False)
+    _away_since: float | None = field(default=None, init=False)
+    _over_since: float | None = field(default=None, init=False)
+
+    def run(self, *, is_new: bool) -> None:
+        """Follow the job until its result is there.
+
+        Args:
+            is_new: Nobody has submitted it yet.
+
+        Raises:
+            OutOfReachError: The endpoint stayed away; the job is left alone.
+            LostDriverError: The job is over, and nobody knows why.
+            QLoraError: What the job ended with, or what ``check`` raises; the job is stopped.
+        """
+        try:
+            if is_new:
+                self._submit()
+            self._follow()
+        except OutOfReachError:
+            raise
+        except BaseException:
+            self._stop()
+            raise
+        finally:
+            self.voice.catch_up(is_end=True)
+
+    def _submit(self) -> None:
+        spec = self.order.spec
+        entry = "exec python -P -m qlora_core.backends.ray_job_entry "
+        file = order_file(spec.job.scratch, spec.launch)
+        while True:
+            self.check()
+            try:
+                modules = [self.client.upload(*package())]
+                environment = {"py_modules": modules, "env_vars": environment_of_jobs()}
+                name = self.order.submission_id
+                self.client.submit(name, entry + shlex.quote(str(file)), environment)
+                self.say(f"Ray job {name} does it, at {self.client.address}")
+                return
+            except ClusterAwayError as error:
+                self._be_patient(error)
+                time.sleep(_PAUSE_S)
+
+    def _follow(self) -> None:
+        while not self._is_answered():
+            self.check()
+            self.voice.catch_up()
+            if time.monotonic() >= self._ask_at:
+                self._ask_at = time.monotonic() + _ASK_S
+                self._require_alive()
+            time.sleep(_POLL_S)
+
+    def _is_answered(self) -> bool:
+        """Say whether the job is done.
+
+        Raises:
+            QLoraError: It is, and this is how.
+        """
+        if error := self.order.final_error():
+            raise error
+        answer = self.order.answer()
+        if answer is None:
+            return False
+        self.voice.catch_up()
+        if answer:
+            raise from_json(answer)
+        return True
+
+    def _require_alive(self) -> None:
+        """Raise if the job is over without an answer, or if nobody has known for too long."""
+        try:
+            job = self.client.job(self.order.submission_id)
+        except ClusterAwayError as error:
+            self._be_patient(error)
+            return
+        if self._away_since is not None:
+            self.say(f"{self.client.address} answers again.")
+        self._away_since = None
+        if job and not job.is_over:
+            return
+        self._over_since = self._over_since or time.monotonic()
+        is_done = job is not None and job.status == "SUCCEEDED"
+        if time.monotonic() - self._over_since >= (_SHARED_S if is_done else _GRACE_S):
+            raise _end_of(self.order, job)
+
+    def _be_patient(self, error: ClusterAwayError) -> None:
+        now = time.monotonic()
+        if self._away_since is None:
+            self._away_since = now
+            self.say(f"{error.what} {error.why} Waiting; a job that runs goes on meanwhile.")
+        if now - max(self._away_since, self.voice.heard_at) < self.patience_s:
+            return
+        raise OutOfReachError(
+            f"{self.client.address} has not answered for {self.patience_s:.0f} s, and nothing came "
+            f"from Ray job {self.order.submission_id}.",
+            why=error.why,
+            fix="If the job runs, it goes on. Run again when the cluster answers: it will be "
+            "found, or training goes on from the last snapshot.",
+        ) from error
+
+    def _stop(self) -> None:
+        """Stop the job, and see it end; say so if it does not."""
+        name, deadline = self.order.submission_id, time.monotonic() + STOP_S
+        reason = "it does not end"
+        while time.monotonic() < deadline:
+            try:
+                job = self.client.job(name)
+                if job is None or job.is_over:
+                    return
+                self.client.stop(name)
+            except QLoraError as error:  # what ended the run is told, not this
+                reason = str(error)
+            time.sleep(_PAUSE_S / 2)
+        self.say(
+            f"Ray job {name} was told to stop, but may still run after {STOP_S:.0f} s ({reason}). "
+            f"By hand: ray job stop {name} --address {self.client.address}"
+        )
+
+
+def environment_of_jobs() -> dict[str, str]:
+    """Return the variables that jobs and their workers run with; no secret is among them."""
+    wanted = {name: os.environ[name] for name in ("HF_HUB_OFFLINE",) if name in os.environ}
+    return wanted | TRAIN_SETTINGS
+
+
+def _end_of(order: JobOrder, job: RayJob | None) -> QLoraError:
+    """Return the error of a job that ended without an answer; None: the cluster forgot it."""
+    name, said = order.submission_id, (job.message if job else None) or ""
+    if job and job.status == "STOPPED":
+        return TrainingError(
+            f"Ray job {name} was stopped by somebody else than this run.",
+            fix="Run again to go on from the last snapshot.",
+        )
+    if job and job.status == "SUCCEEDED":
+        return UserError(
+            f"Ray job {name} says that it is done, but there is no {order.answer_file}.",
+            why="The store must be one folder, at one path, for the flow and all of the cluster.",
+            fix="Mount it on every node, the head included (workspace.store, or QLORAFLOW_HOME).",
+        )
+    if error := found_last_word(said):
+        return error
+    if unusable := _UNUSABLE.search(said):
+        return ResourceError(
+            f"the cluster at {order.cluster.address} cannot run Ray job {name}: {unusable[0]}",
+            why="qlora_core is sent there, but not what it imports.",
+            fix="Use an image with the packages of this environment, as infra/Dockerfile makes it.",
+        )
+    return _lost(order, said)
+
+
+def _lost(order: JobOrder, said: str) -> LostDriverError:
+    log = order.spec.log
+    with suppress(OSError), log.open("a", encoding="utf-8") as file:
+        file.write(f"{said}\n")
+    return LostDriverError(
+        f"Ray jobs were lost more than cluster.max_failures={order.cluster.max_failures} times. "
+        f"The last words of {order.submission_id}:\n{last_lines(log)}",
+        fix=f"Run again to go on from the last snapshot. The log: {log}",
+    )

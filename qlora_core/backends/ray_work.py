@@ -1,0 +1,133 @@
+"""What a driver has a running Ray do, train or ask: the same in a child process and in a job.
+
+Nothing is booked before every node has shown that it can do it (`ray_preflight`). Resuming is not
+left to Ray Train: each start has a name of its own, and workers go on from our newest verified
+snapshot. Ray's own checkpoint register is rewritten in place, so a full disk can make it unreadable
+for good.
+"""
+
+import shutil
+from pathlib import Path
+from uuid import uuid4
+
+from qlora_core.backends.errands import asking_errand, training_errand
+from qlora_core.backends.ray_asker import AskSpec
+from qlora_core.backends.ray_resources import share_out
+from qlora_core.backends.ray_worker import RaySpec, WorkerOrder, train_on_worker
+from qlora_core.config import ClusterConfig
+from qlora_core.errors import KilledError, LaunchError, QLoraError
+
+Spec = RaySpec | AskSpec
+_KILLED = ("OutOfMemoryError", "running low on memory")
+
+
+def carry_out(cluster: ClusterConfig, spec: Spec) -> None:
+    """Do what ``spec`` says on the cluster that this process is connected to.
+
+    Args:
+        cluster: How many workers, and how often they may be lost.
+        spec: A training, or questions to a model.
+
+    Raises:
+        ResourceError: The cluster has not what was asked for.
+        ClusterError: Nodes are not ready for it.
+        LaunchError: Workers were lost too often, or nodes do not answer.
+        QLoraError: What a worker met.
+    """
+    from qlora_core.backends.ray_preflight import require_ready
+
+    cpus, gpus = shares(cluster)
+    if isinstance(spec, AskSpec):
+        from qlora_core.backends.ray_asking import ask_on_cluster
+
+        require_ready(cluster, asking_errand(spec.job), cpus, gpus)
+        ask_on_cluster(cluster, spec, cpus, gpus)
+        return
+    require_ready(cluster, training_errand(spec.job, cluster, cpus, gpus), cpus, gpus)
+    storage = spec.job.scratch / "ray"
+    failure = fit(cluster, WorkerOrder(spec=spec, num_threads=cpus), gpus, storage)
+    shutil.rmtree(storage, ignore_errors=True)
+    if failure is not None:
+        raise outcome(failure, cluster, spec.log)
+
+
+def shares(cluster: ClusterConfig) -> tuple[int, float]:
+    """Return (CPUs, GPUs) of each worker on the Ray that this process is connected to.
+
+    Raises:
+        ResourceError: It has not what was asked for.
+    """
+    import ray
+
+    return share_out(cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+def fit(cluster: ClusterConfig, order: WorkerOrder, gpus: float, storage: Path) -> Exception | None:
+    """Let Ray Train carry out ``order``; return what it could not get over.
+
+    Args:
+        cluster: How many workers, and how often they may be lost.
+        order: For each worker, who has as many CPUs as threads.
+        gpus: Of a worker.
+        storage: Where Ray keeps what nobody reads: resuming is not left to it.
+    """
+    from ray.exceptions import RayError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cpus = order.num_threads
+    trainer = TorchTrainer(
+        train_on_worker,
+        train_loop_config=order.model_dump(mode="json"),
+        torch_config=TorchConfig(timeout_s=300),
+        scaling_config=ScalingConfig(
+            num_workers=_num_workers(cluster),
+            elastic_resize_monitor_interval_s=cluster.resize_every_s,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
+        ),
+        run_config=RunConfig(
+            name=uuid4().hex,
+            storage_path=str(storage),
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures, controller_failure_limit=6
+            ),
+        ),
+    )
+    try:
+        trainer.fit()
+    except (TrainingFailedError, RayError) as error:
+        failure: Exception = error
+        return failure
+    return None
+
+
+def _num_workers(cluster: ClusterConfig) -> int | tuple[int, int]:
+    workers = cluster.workers
+    return workers if isinstance(workers, int) else (workers.min, workers.max)
+
+
+def outcome(error: Exception, cluster: ClusterConfig, log: Path) -> QLoraError:
+    """Return what a worker raised, if it is final; otherwise that workers were lost too often.
+
+    Args:
+        error: What `fit` returned.
+        cluster: How often workers might be lost.
+        log: What drivers and workers said.
+    """
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "_base_exc", failure)  # Ray wraps it with its traceback
+        if isinstance(cause, QLoraError) and not cause.is_transient:
+            return cause
+    first_line = str(error).strip().partition("\n")[0]
+    if any(text in str(error) for text in _KILLED):
+        return KilledError(
+            f"Ray killed a worker for the memory it took: {first_line[:300]}",
+            fix=f"Lower training.micro_batch, or set training.checkpointing=on. The log: {log}",
+        )
+    return LaunchError(
+        f"Training was interrupted more than cluster.max_failures={cluster.max_failures} "
+        f"times: {type(error).__name__}: {first_line}",
+        why="Workers were lost, or could not be started.",
+        fix=f"Run again to go on from the last snapshot. The log: {log}",
+    )

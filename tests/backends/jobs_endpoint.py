@@ -1,0 +1,156 @@
+"""A Ray Jobs endpoint without a Ray: the HTTP of it is real, jobs do what a test tells them to."""
+
+import json
+import re
+import shlex
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from qlora_core.backends.ray_job_order import JobOrder
+from qlora_core.errors import QLoraError
+from qlora_core.ports import StepMetrics
+from qlora_core.training.desk import SUMMARY_FILE
+from qlora_core.training.journal import JOURNAL_FILE, Journal
+
+LIVE = ("PENDING", "RUNNING")
+
+
+def step(number: int, num_steps: int = 3) -> StepMetrics:
+    return StepMetrics(
+        step=number,
+        num_steps=num_steps,
+        epoch=0.1,
+        loss=1 / number,
+        learning_rate=1e-3,
+        grad_norm=2.0,
+        num_tokens=5,
+        num_supervised_tokens=4,
+        num_computed_tokens=6,
+        seconds=0.1,
+        tokens_per_s=50.0,
+        supervised_tokens_per_s=40.0,
+        memory_bytes=1,
+    )
+
+
+@dataclass
+class Endpoint:
+    """What the cluster knows, and what the test wants of it."""
+
+    token: str | None = None
+    answers: int | None = None
+    """A status that every request is answered with."""
+    on_submit: Callable[[JobOrder], None] = lambda _: None
+    jobs: dict[str, dict[str, str]] = field(default_factory=dict)
+    orders: dict[str, JobOrder] = field(default_factory=dict)
+    environments: list[dict] = field(default_factory=list)
+    packages: dict[str, bytes] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    port: int = 0
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def set(self, name: str, status: str, message: str = "") -> None:
+        self.jobs[name] = {"submission_id": name, "status": status, "message": message}
+
+    def submit(self, asked: dict) -> None:
+        name = asked["submission_id"]
+        order = JobOrder.model_validate_json(Path(shlex.split(asked["entrypoint"])[-1]).read_text())
+        self.orders[name] = order
+        self.environments.append(asked["runtime_env"])
+        self.set(name, "RUNNING")
+        self.on_submit(order)
+
+    def write_steps(self, order: JobOrder, *numbers: int) -> None:
+        """Do what a training does while it runs."""
+        journal = Journal(order.spec.job.scratch / JOURNAL_FILE, map(step, numbers))
+        journal.close()
+
+    def finish(self, order: JobOrder, num_steps: int = 3) -> None:
+        """Do what a training does to the end."""
+        self.write_steps(order, *range(1, num_steps + 1))
+        order.spec.job.out.mkdir()
+        (order.spec.job.out / "adapter").write_text(order.spec.launch)
+        (order.spec.job.scratch / SUMMARY_FILE).write_text("{}")
+        order.leave_answer(None)
+        self.set(order.submission_id, "SUCCEEDED")
+
+    def fail(self, order: JobOrder, error: QLoraError) -> None:
+        order.leave_answer(error)
+        self.set(order.submission_id, "FAILED")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request; the class attribute is set for each server."""
+
+    endpoint: Endpoint
+
+    def handle_all(self) -> None:
+        endpoint, length = self.endpoint, int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        endpoint.asked.append(f"{self.command} {self.path}")
+        if endpoint.answers:
+            return self.reply(endpoint.answers, "Traceback:\n  RuntimeError: the head is away\n.")
+        if (
+            endpoint.token
+            and (got := self.headers.get("Authorization")) != f"Bearer {endpoint.token}"
+        ):
+            return self.reply(403 if got else 401, "Unauthorized")
+        return self.route(body)
+
+    do_GET = do_POST = do_PUT = handle_all
+
+    def route(self, body: bytes) -> None:
+        endpoint, jobs = self.endpoint, self.endpoint.jobs
+        asked = re.match(r"/api/(?:jobs|packages/gcs)/([^/]*)/?(.*)", self.path)
+        name, what = asked.groups() if asked else ("", "")
+        if self.path == "/api/version":
+            return self.reply(200, {"ray_version": "2.60.0"})
+        if self.path.startswith("/api/packages"):
+            if self.command == "PUT":
+                endpoint.packages[name] = body
+            return self.reply(200 if name in endpoint.packages else 404, "")
+        if self.path == "/api/jobs/" and self.command == "GET":
+            return self.reply(200, [*jobs.values(), {"submission_id": None, "status": "RUNNING"}])
+        if self.path == "/api/jobs/":
+            asked = json.loads(body)
+            if asked["submission_id"] in jobs:
+                return self.reply(500, "ValueError: Job already exists. Use a different id.\n.")
+            endpoint.submit(asked)
+            return self.reply(200, asked)
+        if name not in jobs:
+            return self.reply(404, f"Job {name} does not exist")
+        if what == "stop" and jobs[name]["status"] in LIVE:
+            endpoint.set(name, "STOPPED")
+        return self.reply(200, jobs[name])
+
+    def reply(self, status: int, said: object) -> None:
+        text = said if isinstance(said, str) else json.dumps(said)
+        self.send_response(status)
+        if 300 <= status < 400:
+            self.send_header("Location", "https://elsewhere.example/api")
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
+
+
+@contextmanager
+def serving(endpoint: Endpoint) -> Iterator[Endpoint]:
+    """Answer on a port of this machine until the block ends."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("H", (Handler,), {"endpoint": endpoint}))
+    endpoint.port = server.server_address[1]
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield endpoint
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,495 @@
+"""Which job a flow submits, attaches to, takes for done, or stops; the cluster is scripted."""
+
+import itertools
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qlora_core.backends import ray_job_watch
+from qlora_core.backends.ray_job_log import LogTeller, StepTeller
+from qlora_core.backends.ray_job_order import (
+    found_last_word,
+    last_word,
+    order_file,
+    submission_stem,
+)
+from qlora_core.backends.ray_job_watch import OutOfReachError
+from qlora_core.backends.ray_jobs import RayJobsLauncher
+from qlora_core.config import (
+    AdapterConfig,
+    ClusterConfig,
+    QuantizationConfig,
+    SnapshotConfig,
+    TrainingConfig,
+)
+from qlora_core.errors import (
+    DataError,
+    LaunchError,
+    ResourceError,
+    StoreError,
+    TrainingError,
+    UserError,
+)
+from qlora_core.ports import StepMetrics, TrainJob
+from qlora_core.training.attempt import next_launch
+from qlora_core.training.incidents import history
+from tests.backends.jobs_endpoint import Endpoint, serving, step
+
+
+class CancelledError(Exception):
+    """What a run that is cancelled raises."""
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for name in ("_ASK_S", "_GRACE_S", "_SHARED_S", "_PAUSE_S"):
+        monkeypatch.setattr(ray_job_watch, name, 0.02)
+
+
+@pytest.fixture
+def endpoint():
+    with serving(Endpoint()) as running:
+        yield running
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> TrainJob:
+    return TrainJob(
+        base=tmp_path / "base",
+        data=tmp_path / "data",
+        out=tmp_path / "out",
+        scratch=tmp_path / ".abcdef0123456789.scratch",
+        quantization=QuantizationConfig(),
+        adapter=AdapterConfig(),
+        training=TrainingConfig(),
+        seed=0,
+    )
+
+
+class Flow:
+    """A flow's end of a training, and all that it was told."""
+
+    def __init__(self, endpoint: Endpoint, **options) -> None:
+        self.steps: list[StepMetrics] = []
+        self.said: list[str] = []
+        cluster = ClusterConfig(address=endpoint.address, max_failures=2)
+        self.launcher = RayJobsLauncher(cluster, SnapshotConfig(), self.said.append, **options)
+
+    def train(self, job: TrainJob) -> "Flow":
+        self.launcher.train(job, self.steps.append)
+        return self
+
+    @property
+    def numbers(self) -> list[int]:
+        return [metrics.step for metrics in self.steps]
+
+
+def at_check(**actions: Callable[[], object]) -> Callable[[], None]:
+    """Return a check that does something when it is called for the n-th time: ``c5=...``."""
+    numbers = itertools.count(1)
+
+    def check() -> None:
+        actions.get(f"c{next(numbers)}", lambda: None)()
+
+    return check
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    """Return a check that ends a run soon after its job was submitted."""
+
+    def end() -> None:
+        raise error
+
+    return at_check(c6=end)
+
+
+def death() -> Callable[[], None]:
+    """Return a check that ends a run as its process's death would, as far as a thread can."""
+    return raising(OutOfReachError("dead"))
+
+
+def test_a_job_is_named_by_the_stages_key_and_apart_from_that_of_another_store(tmp_path):
+    here, there = (submission_stem(tmp_path / name / ".c0ffee99.scratch") for name in "ab")
+
+    assert here.startswith("qlora-c0ffee99-")
+    assert here != there
+    assert here == submission_stem(tmp_path / "a" / ".c0ffee99.scratch")
+
+
+def test_a_training_is_one_job_whose_result_and_steps_arrive(endpoint, job):
+    endpoint.on_submit = endpoint.finish
+
+    flow = Flow(endpoint).train(job)
+
+    assert list(endpoint.jobs) == [submission_stem(job.scratch) + "0001"]
+    assert flow.numbers == [1, 2, 3]
+    assert (job.out / "adapter").read_text() == "0001"
+    (environment,) = endpoint.environments
+    assert environment["py_modules"] == [f"gcs://{name}" for name in endpoint.packages]
+
+
+def test_no_secret_travels_with_the_job(endpoint, job, monkeypatch):
+    endpoint.on_submit, endpoint.token = endpoint.finish, "c4nary"
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "c4nary")
+    monkeypatch.setenv("HF_TOKEN", "c4nary")
+
+    flow = Flow(endpoint).train(job)
+
+    assert "c4nary" not in f"{endpoint.environments} {endpoint.jobs} {flow.said}"
+    files = [path for path in job.scratch.rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if b"c4nary" in path.read_bytes()]
+
+
+def test_after_the_death_of_its_flow_the_job_is_attached_to_and_tells_every_step(endpoint, job):
+    endpoint.on_submit = lambda order: endpoint.write_steps(order, 1, 2)
+    first = Flow(endpoint, check=death())
+    with pytest.raises(OutOfReachError):
+        first.train(job)
+    (order,) = endpoint.orders.values()
+    assert endpoint.jobs[order.submission_id]["status"] == "RUNNING"
+
+    second = Flow(endpoint, check=at_check(c3=lambda: endpoint.finish(order))).train(job)
+
+    assert list(endpoint.jobs) == [order.submission_id]
+    assert (first.numbers, second.numbers) == ([1, 2], [1, 2, 3])
+    assert any("is running; attached to it" in sentence for sentence in second.said)
+    assert (job.out / "adapter").exists()
+
+
+def test_a_job_that_finished_while_nobody_looked_is_taken_for_done(endpoint, job):
+    with pytest.raises(OutOfReachError):
+        Flow(endpoint, check=death()).train(job)
+    (order,) = endpoint.orders.values()
+    endpoint.finish(order)
+    endpoint.jobs.clear()  # even the cluster may be another one by now
+
+    again = [Flow(endpoint).train(job) for _ in range(2)]
+
+    assert endpoint.jobs == {}
+    assert [flow.numbers for flow in again] == [[1, 2, 3]] * 2
+    assert (job.out / "adapter").read_text() == "0001"
+
+
+def test_a_result_that_somebody_deleted_is_made_again(endpoint, job):
+    endpoint.on_submit = endpoint.finish
+    Flow(endpoint).train(job)
+    shutil.rmtree(job.scratch / "result-0001")
+
+    flow = Flow(endpoint).train(job)
+
+    assert any("its result is gone" in sentence for sentence in flow.said)
+    assert (job.out / "adapter").read_text() == "0002"
+
+
+def test_after_a_job_that_failed_while_nobody_looked_comes_the_next_number(endpoint, job):
+    with pytest.raises(OutOfReachError):
+        Flow(endpoint, check=death()).train(job)
+    (order,) = endpoint.orders.values()
+    endpoint.fail(order, DataError("rows are odd"))
+    endpoint.on_submit = endpoint.finish
+
+    flow = Flow(endpoint).train(job)
+
+    assert [name[-4:] for name in endpoint.jobs] == ["0001", "0002"]
+    assert any("has failed: rows are odd" in sentence for sentence in flow.said)
+    assert (job.out / "adapter").read_text() == "0002"
+
+
+def test_a_number_that_the_cluster_remembers_is_not_used_again(endpoint, job):
+    endpoint.set(submission_stem(job.scratch) + "0001", "SUCCEEDED")
+    endpoint.on_submit = endpoint.finish
+
+    Flow(endpoint).train(job)
+
+    assert [name[-4:] for name in endpoint.jobs] == ["0001", "0002"]
+    assert (job.out / "adapter").read_text() == "0002"
+
+
+def test_a_job_of_an_attempt_that_is_over_is_stopped_before_another_starts(endpoint, job):
+    with pytest.raises(OutOfReachError):
+        Flow(endpoint, check=death()).train(job)
+    next_launch(job.scratch)  # somebody trained on this machine meanwhile
+    endpoint.on_submit = endpoint.finish
+
+    Flow(endpoint).train(job)
+
+    states = {name[-4:]: known["status"] for name, known in endpoint.jobs.items()}
+    assert states == {"0001": "STOPPED", "0003": "SUCCEEDED"}
+
+
+def test_jobs_of_other_trainings_are_left_alone(endpoint, job):
+    endpoint.set("qlora-abcdef012345-another-0001", "RUNNING")
+    endpoint.on_submit = endpoint.finish
+
+    Flow(endpoint).train(job)
+
+    assert endpoint.jobs["qlora-abcdef012345-another-0001"]["status"] == "RUNNING"
+
+
+@pytest.mark.parametrize("error", [CancelledError(), KeyboardInterrupt(), SystemExit(1)])
+def test_cancelling_stops_the_job(endpoint, job, error):
+    with pytest.raises(type(error)):
+        Flow(endpoint, check=raising(error)).train(job)
+
+    assert [known["status"] for known in endpoint.jobs.values()] == ["STOPPED"]
+
+
+def test_an_error_of_who_hears_of_steps_stops_the_job(endpoint, job):
+    endpoint.on_submit = lambda order: endpoint.write_steps(order, 1)
+    flow = Flow(endpoint)
+
+    def hear(_: StepMetrics) -> None:
+        raise CancelledError
+
+    with pytest.raises(CancelledError):
+        flow.launcher.train(job, hear)
+
+    assert [known["status"] for known in endpoint.jobs.values()] == ["STOPPED"]
+
+
+def test_a_job_that_does_not_stop_is_told_with_what_to_do(endpoint, job, monkeypatch):
+    monkeypatch.setattr(ray_job_watch, "STOP_S", 0.1)
+    flow = Flow(endpoint, check=raising(CancelledError()))
+    endpoint.on_submit = lambda order: setattr(endpoint, "answers", 503)
+
+    with pytest.raises(CancelledError):
+        flow.train(job)
+
+    assert f"--address {endpoint.address}" in flow.said[-1]
+
+
+def test_what_a_job_answers_is_raised_as_it_was_and_not_tried_again(endpoint, job):
+    endpoint.on_submit = lambda order: endpoint.fail(order, TrainingError("nan at step 3"))
+
+    with pytest.raises(TrainingError, match="nan at step 3"):
+        Flow(endpoint).train(job)
+
+    assert len(endpoint.jobs) == 1
+
+
+def test_an_error_that_a_worker_leaves_ends_the_job_at_once(endpoint, job):
+    def leave(order) -> None:
+        error = ResourceError("too big")
+        order.spec.error_file.write_text(
+            '{"type": "ResourceError", "what": "too big", "why": "", "fix": ""}'
+        )
+        assert error.to_json()["what"] == "too big"
+
+    endpoint.on_submit = leave
+
+    with pytest.raises(ResourceError, match="too big"):
+        Flow(endpoint).train(job)
+
+    assert [known["status"] for known in endpoint.jobs.values()] == ["STOPPED"]
+
+
+def test_a_lost_job_is_started_again_under_the_next_number_and_no_step_told_twice(endpoint, job):
+    def lose_the_first(order) -> None:
+        if order.spec.launch == "0001":
+            endpoint.write_steps(order, 1, 2)
+            endpoint.set(order.submission_id, "FAILED", "Job supervisor actor died")
+        else:
+            endpoint.finish(order)
+
+    endpoint.on_submit = lose_the_first
+
+    flow = Flow(endpoint).train(job)
+
+    assert [name[-4:] for name in endpoint.jobs] == ["0001", "0002"]
+    assert flow.numbers == [1, 2, 3]
+    assert "supervisor actor died" in (job.scratch / "ray.log").read_text()
+    assert [incident.kind for incident in history(job.scratch)] == ["lost_driver"]
+
+
+def test_a_full_store_is_waited_for_and_a_result_is_not_trained_twice(endpoint, job):
+    def fill_up(order) -> None:
+        if order.spec.launch == "0001":
+            endpoint.fail(order, StoreError("the disk is full"))
+        else:
+            endpoint.finish(order)
+
+    endpoint.on_submit = fill_up
+    job.out.write_text("in the way")  # handing over fails at first as well
+
+    def make_room() -> None:
+        if len(history(job.scratch)) == 2:
+            job.out.unlink(missing_ok=True)
+
+    flow = Flow(endpoint, pauses_s=(0.0, 0.2), check=make_room).train(job)
+
+    assert [name[-4:] for name in endpoint.jobs] == ["0001", "0002"]
+    assert flow.numbers == [1, 2, 3]
+    kinds = [incident.kind for incident in history(job.scratch)]
+    assert kinds == ["storage", "storage"]
+
+
+def test_jobs_lost_again_and_again_end_with_their_last_words(endpoint, job):
+    endpoint.on_submit = lambda order: endpoint.set(order.submission_id, "FAILED", "out of luck")
+
+    with pytest.raises(LaunchError, match=r"max_failures=2(.|\n)*out of luck"):
+        Flow(endpoint).train(job)
+
+    assert len(endpoint.jobs) == 3
+
+
+def test_a_cluster_that_forgot_the_job_gets_another(endpoint, job):
+    def forget_the_first(order) -> None:
+        if order.spec.launch == "0001":
+            endpoint.jobs.clear()
+        else:
+            endpoint.finish(order)
+
+    endpoint.on_submit = forget_the_first
+
+    assert Flow(endpoint).train(job).numbers == [1, 2, 3]
+
+
+def test_a_job_that_somebody_stopped_is_not_started_again_by_itself(endpoint, job):
+    endpoint.on_submit = lambda order: endpoint.set(order.submission_id, "STOPPED")
+
+    with pytest.raises(TrainingError, match="stopped by somebody else") as caught:
+        Flow(endpoint).train(job)
+
+    assert not caught.value.is_transient
+    assert len(endpoint.jobs) == 1
+
+
+@pytest.mark.parametrize(
+    "said", ["ModuleNotFoundError: No module named 'peft'", "/bin/sh: 1: exec: python: not found"]
+)
+def test_a_cluster_without_our_packages_is_told_at_once(endpoint, job, said):
+    message = f"Job entrypoint command failed with exit code 1, last available logs:\n{said}\n"
+    endpoint.on_submit = lambda order: endpoint.set(order.submission_id, "FAILED", message)
+
+    with pytest.raises(ResourceError, match="cannot run Ray job") as caught:
+        Flow(endpoint).train(job)
+
+    assert said.split(": ")[-1] in str(caught.value)
+    assert len(endpoint.jobs) == 1
+
+
+def test_a_store_that_the_cluster_does_not_see_is_told_by_its_log(endpoint, job):
+    error = UserError("node7 cannot read /store/job.json", fix="Mount it.")
+    message = f"last available logs:\n{last_word(error)}\n"
+    endpoint.on_submit = lambda order: endpoint.set(order.submission_id, "FAILED", message)
+
+    with pytest.raises(UserError, match="node7 cannot read") as caught:
+        Flow(endpoint).train(job)
+
+    assert caught.value.fix == "Mount it."
+
+
+def test_a_result_that_does_not_arrive_is_the_stores_fault(endpoint, job):
+    endpoint.on_submit = lambda order: endpoint.set(order.submission_id, "SUCCEEDED")
+
+    with pytest.raises(UserError, match="one folder, at one path"):
+        Flow(endpoint).train(job)
+
+
+def test_an_endpoint_that_is_away_for_a_while_is_waited_for(endpoint, job):
+    endpoint.on_submit = lambda order: setattr(endpoint, "answers", 503)
+    back = at_check(
+        c5=lambda: setattr(endpoint, "answers", None),
+        c8=lambda: endpoint.finish(*endpoint.orders.values()),
+    )
+
+    flow = Flow(endpoint, check=back).train(job)
+
+    assert flow.numbers == [1, 2, 3]
+    assert len(endpoint.jobs) == 1
+    assert sum("answers 503" in sentence for sentence in flow.said) == 1
+    assert any("answers again" in sentence for sentence in flow.said)
+
+
+def test_an_endpoint_that_stays_away_ends_the_flow_and_not_the_job(endpoint, job):
+    endpoint.on_submit = lambda order: setattr(endpoint, "answers", 503)
+
+    with pytest.raises(OutOfReachError, match=r"it goes on\. Run again") as caught:
+        Flow(endpoint, patience_s=0.2).train(job)
+
+    assert caught.value.is_transient
+    assert [known["status"] for known in endpoint.jobs.values()] == ["RUNNING"]
+
+
+def test_other_settings_are_said_to_count_later(endpoint, job):
+    with pytest.raises(OutOfReachError):
+        Flow(endpoint, check=death()).train(job)
+    (order,) = endpoint.orders.values()
+    flow = Flow(endpoint, check=at_check(c3=lambda: endpoint.finish(order)))
+    more = flow.launcher.cluster.model_copy(update={"workers": 4})
+    flow.launcher = replace(flow.launcher, cluster=more)
+
+    flow.train(job)
+
+    assert any("count from the next attempt" in sentence for sentence in flow.said)
+
+
+def test_an_order_of_another_version_is_not_attached_to(endpoint, job):
+    with pytest.raises(OutOfReachError):
+        Flow(endpoint, check=death()).train(job)
+    order_file(job.scratch, "0001").write_text("{}")
+    endpoint.on_submit = endpoint.finish
+
+    Flow(endpoint).train(job)
+
+    states = [known["status"] for known in endpoint.jobs.values()]
+    assert states == ["STOPPED", "SUCCEEDED"]
+
+
+def test_a_last_word_is_found_in_a_log_and_a_torn_one_is_not():
+    line = last_word(DataError("odd", why="rows", fix="mend"))
+
+    found = found_last_word(f"(raylet) noise\n{line}\n")
+
+    assert (type(found), found.what, found.fix) == (DataError, "odd", "mend")
+    assert found_last_word(line[:-9]) is None
+    assert found_last_word("") is None
+
+
+def test_a_log_is_told_in_doses_its_end_in_full_and_nothing_of_before(tmp_path):
+    file, said = tmp_path / "ray.log", []
+    file.write_text("old\n")
+    teller = LogTeller(file, said.append, every_s=0.0)
+
+    with file.open("ab") as log:
+        log.write(b"\x1b[36m(worker)\x1b[0m one\nbroken \xff byte\n")
+    teller.catch_up()
+    with file.open("a") as log:
+        log.writelines(f"line {number}\n" for number in range(1000))
+    teller.catch_up()
+    teller.catch_up()
+
+    assert said[0] == "the cluster says:\n(worker) one\nbroken \ufffd byte"
+    assert said[1].splitlines()[0] == f"the cluster says (988 more lines in {file}):"
+    assert said[1].splitlines()[-1] == "line 999"
+    assert len(said) == 2
+
+
+def test_a_log_that_never_rests_is_told_now_and_then(tmp_path):
+    said = []
+    teller = LogTeller(tmp_path / "ray.log", said.append, every_s=60.0)
+
+    for number in range(5):
+        with (tmp_path / "ray.log").open("a") as log:
+            log.write(f"line {number}\n")
+        teller.catch_up()
+    assert said == []
+    teller.catch_up(is_end=True)
+
+    assert said == ["the cluster says:\nline 0\nline 1\nline 2\nline 3\nline 4"]
+
+
+def test_progress_is_said_now_and_then_and_every_step_passed_on():
+    told, said = [], []
+    teller = StepTeller(told.append, said.append, every_s=0.0)
+
+    teller(step(2))
+
+    assert told == [step(2)]
+    assert said == ["step 2 of 3, loss 0.5000"]

@@ -1,0 +1,329 @@
+"""A base in parts, on two real processes over gloo, beside the same training with it whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file
+from torch import nn
+
+from qlora_core.artifacts import AdapterCheckpoint
+from qlora_core.config import (
+    AdapterConfig,
+    ClusterConfig,
+    QuantizationConfig,
+    SnapshotConfig,
+    TrainingConfig,
+)
+from qlora_core.data.prepared import IGNORED, TokenRow, write_split
+from qlora_core.errors import ConfigError, ModelError
+from qlora_core.modeling.sharding import ShardedBase, blocks_of
+from qlora_core.ports import TrainJob
+from qlora_core.training.batching import deal
+from qlora_core.training.comm import Alone
+from qlora_core.training.desk import SUMMARY_FILE
+from qlora_core.training.journal import CURVE_FILE
+from qlora_core.training.placing import place_base
+from qlora_core.training.together import cut_alike
+from qlora_core.training.worker import run_worker
+from tests.tiny import bring_own_code, make_tiny_llama
+from tests.training.conftest import SMALL, make_rows, write_base
+from tests.training.fakes import run_on_threads
+from tests.training.two_workers import Scene, Seen, play, seen
+
+CPU = torch.device("cpu")
+NUM_LAYERS = 5
+RAGGED: dict[str, Any] = SMALL | {"epochs": 17 / 22, "heldout_rows": 1, "heldout_every": 1}
+"""Steps of 8, 8 and 1 rows, and one held-out row: now and then worker 1 has none."""
+
+
+@pytest.fixture(scope="module")
+def deep_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deep")
+    tiny = make_tiny_llama(folder / "tiny", num_layers=NUM_LAYERS)
+    return write_base(folder / "nf4", tiny, is_nf4=True)
+
+
+@pytest.fixture(scope="module")
+def ragged_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of which every fifth has nothing to learn from, so it takes no pass."""
+    folder = tmp_path_factory.mktemp("ragged")
+    rows = make_rows(22, seed=1)
+    for place in range(0, len(rows), 5):
+        tokens = rows[place].input_ids
+        rows[place] = TokenRow(tokens, [IGNORED] * len(tokens))
+    write_split(folder, "train", rows)
+    write_split(folder, "heldout", make_rows(6, seed=2))
+    return folder
+
+
+FSDP, DDP = ClusterConfig(strategy="fsdp"), ClusterConfig(strategy="ddp")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "recomputed": {"checkpointing": "on"},
+    "row by row": {"micro_batch": 1},
+    "with dropout": {"dropout": 0.1},
+    "recomputed with dropout": {"dropout": 0.1, "checkpointing": "on"},
+}
+FAULTS = ("memory forward", "memory backward", "memory always", "death")
+
+
+@pytest.fixture(scope="module")
+def stage(deep_base: Path, ragged_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> "Stage":
+    """All trainings of this file, run on one pair of processes: most of the time is their start."""
+    folder = tmp_path_factory.mktemp("stage")
+
+    def job(name: str, dropout: float = 0.0, **training: Any) -> TrainJob:
+        place = folder / name
+        (place / "out").mkdir(parents=True)
+        (place / "scratch").mkdir()
+        return TrainJob(
+            base=deep_base,
+            data=ragged_rows,
+            out=place / "out",
+            scratch=place / "scratch",
+            quantization=QuantizationConfig(),
+            adapter=AdapterConfig(rank=4, dropout=dropout),
+            training=TrainingConfig(**(RAGGED | training)),
+            seed=3,
+        )
+
+    scenes = []
+    for name, settings in SETTINGS.items():
+        for kind, cluster in (("whole", DDP), ("parts", FSDP)):
+            title = f"{kind} {name}"
+            scenes.append(Scene(name=title, job=job(title, **settings), cluster=cluster))
+    for fault in FAULTS:
+        scenes.append(Scene(name=fault, job=job(fault), cluster=FSDP, fault=fault))
+    play(scenes, folder)
+    return Stage(folder)
+
+
+class Stage:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def seen(self, name: str, rank: int = 0) -> Seen:
+        return seen(self.folder, name, rank)
+
+    def gradients(self, name: str) -> dict[str, torch.Tensor]:
+        assert not self.seen(name).error
+        return load_file(self.folder / f"{name}.safetensors")
+
+    def adapter(self, name: str) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / name / "out" / "adapter_model.safetensors")
+
+    def curve(self, name: str) -> list[dict[str, float]]:
+        text = (self.folder / name / "out" / CURVE_FILE).read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    def facts(self, name: str) -> AdapterCheckpoint:
+        text = (self.folder / name / "scratch" / SUMMARY_FILE).read_text()
+        return AdapterCheckpoint.model_validate_json(text)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_base_in_parts_trains_bit_for_bit_like_a_whole_one(stage, name):
+    whole, parts = f"whole {name}", f"parts {name}"
+
+    gradients, expected = stage.gradients(parts), stage.gradients(whole)
+
+    assert len(gradients) == 3
+    assert all(torch.equal(gradients[step], expected[step]) for step in expected)
+    assert stage.curve(parts) == stage.curve(whole)
+    for key, tensor in stage.adapter(whole).items():
+        assert torch.equal(stage.adapter(parts)[key], tensor), key
+
+
+def test_each_of_two_workers_holds_half_of_the_packed_base(stage):
+    whole = stage.seen("whole plain").held_bytes
+
+    for rank in (0, 1):
+        assert stage.seen("parts plain", rank).held_bytes == pytest.approx(whole / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["plain", "recomputed"])
+def test_no_more_than_two_blocks_are_whole_at_a_time(stage, name):
+    for rank in (0, 1):
+        found = stage.seen(f"parts {name}", rank)
+        assert found.most_present_bytes == 2 * found.block_bytes
+
+
+def test_recomputing_layers_gathers_nothing_more(stage):
+    plain, recomputed = stage.seen("parts plain"), stage.seen("parts recomputed")
+
+    assert recomputed.num_gathered_bytes == plain.num_gathered_bytes > 0
+    assert plain.num_gathered_bytes == stage.seen("parts plain", 1).num_gathered_bytes
+
+
+def test_that_the_base_lies_in_parts_is_said(stage):
+    assert any("in 2 parts" in note for note in stage.facts("parts plain").notes)
+    assert not any("parts" in note for note in stage.facts("whole plain").notes)
+
+
+@pytest.mark.parametrize("fault", ["memory forward", "memory backward"])
+def test_a_worker_short_of_memory_makes_all_halve_their_passes_and_changes_no_result(stage, fault):
+    for rank in (0, 1):
+        assert any("at most 2 rows" in note for note in stage.seen(fault, rank).notes)
+    found, expected = stage.gradients(fault), stage.gradients("whole plain")
+    for step, gradient in expected.items():
+        torch.testing.assert_close(found[step], gradient, rtol=1e-4, atol=1e-6)
+    losses = [point["loss"] for point in stage.curve("whole plain")]
+    assert [point["loss"] for point in stage.curve(fault)] == pytest.approx(losses, rel=1e-6)
+
+
+def test_a_worker_without_memory_for_a_single_row_ends_the_run_on_all(stage):
+    for rank in (0, 1):
+        assert "ResourceError" in stage.seen("memory always", rank).error
+        assert "single row" in stage.seen("memory always", rank).error
+
+
+def test_a_worker_that_dies_within_a_pass_is_reported_by_the_other(stage):
+    assert "CollectiveError" in stage.seen("death").error
+
+
+def test_all_workers_make_the_same_number_of_passes_whatever_rows_they_have():
+    lengths = np.arange(1, 12)
+    for num_rows in (1, 2, 3):
+        shares = deal(np.arange(11), lengths, world_size=4, micro_batch=3)
+
+        passes = [cut_alike(shares, rank, num_rows) for rank in range(4)]
+
+        assert len({len(own) for own in passes}) == 1
+        assert max(len(part) for own in passes for part in own) <= num_rows
+        dealt = np.concatenate([part for own in passes for part in own])
+        assert sorted(dealt) == list(range(11))
+
+
+class _Layered(nn.Module):
+    """Adds what its 4-bit layers make of a vector, in some order."""
+
+    def __init__(self, order: tuple[int, ...]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [Linear4bit(64, 64, bias=False, quant_type="nf4") for _ in range(3)]
+        self.layers, self.order = nn.ModuleList(layers).to("cpu"), order
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for place in self.order:
+            x = x + self.layers[place](x)
+        return x
+
+
+def _divided(order: tuple[int, ...]) -> tuple[_Layered, ShardedBase]:
+    model, base = _Layered(order), ShardedBase(Alone())
+    for block in blocks_of(model):
+        base.take(block)
+    return model, base
+
+
+def test_a_forward_pass_that_nobody_announced_finds_its_blocks_and_leaves_none():
+    x = torch.randn(2, 64)
+    expected = _Layered((0, 1, 2))(x)
+    model, base = _divided((0, 1, 2))
+
+    for _ in range(2):
+        assert torch.equal(model(x), expected)
+        assert base.present_bytes == 0
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1), (0, 1, 2, 1), (1, 2)])
+def test_blocks_that_compute_in_another_order_than_listed_are_refused(order):
+    model, base = _divided(order)
+    base.begin_pass(goes_back=True)
+
+    with pytest.raises(ModelError, match=r"(?s)computes when.*strategy=ddp"):
+        model(torch.randn(2, 64))
+
+
+def test_a_model_without_blocks_of_4_bit_layers_is_refused():
+    with pytest.raises(ModelError, match="cannot be divided") as refused:
+        blocks_of(nn.Sequential(nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8)])))
+
+    assert "cluster.strategy=ddp" in str(refused.value)
+
+
+def test_a_block_whose_bytes_three_workers_cannot_share_evenly_trains_the_same(make_job):
+    def losses(name: str, cluster: ClusterConfig) -> list[float]:
+        job, steps = make_job(name, max_steps=2), []
+        run_on_threads(
+            3,
+            lambda comm: run_worker(
+                job, comm, SnapshotConfig(), "0001", CPU, steps.append, cluster=cluster
+            ),
+        )
+        return [step.loss for step in steps]
+
+    assert losses("parts", FSDP) == pytest.approx(losses("whole", DDP), rel=1e-6)
+
+
+def placed(make_job, cluster, monkeypatch=None, memory=10**12, world=2, **parts):
+    from qlora_core.data.prepared import read_split
+    from qlora_core.training import placing
+
+    class Several(Alone):
+        world_size = world
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value] * world
+
+    job = make_job().model_copy(update=parts)
+    notes: list[str] = []
+    if monkeypatch:
+        monkeypatch.setattr(placing, "memory_for_worker", lambda *_: memory)
+    rows = read_split(job.data, "train")
+    return place_base(job, cluster, rows, Several(), CPU, notes).is_sharded, notes
+
+
+def test_auto_divides_a_base_that_does_not_fit_and_no_other(make_job, monkeypatch):
+    auto = ClusterConfig(strategy="auto", workers=2)
+
+    assert placed(make_job, auto, monkeypatch, memory=10**12) == (False, [])
+    is_sharded, notes = placed(make_job, auto, monkeypatch, memory=10**6)
+    assert is_sharded
+    assert "does not fit whole" in notes[0]
+    assert placed(make_job, auto, monkeypatch, memory=10**6, world=1) == (False, [])
+
+
+def test_one_worker_keeps_its_base_whole_and_says_so(make_job):
+    is_sharded, notes = placed(make_job, FSDP, world=1)
+
+    assert not is_sharded
+    assert "ran as ddp" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"adapter": AdapterConfig(dora=True)}, "adapter.dora"),
+        ({"quantization": QuantizationConfig(method="int8")}, "method=int8"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused_or_with_auto_left_whole(
+    make_job, monkeypatch, parts, said
+):
+    with pytest.raises(ConfigError, match=said):
+        placed(make_job, FSDP, **parts)
+
+    auto = ClusterConfig(workers=2)
+    assert placed(make_job, auto, monkeypatch, memory=10**6, **parts) == (False, [])
+
+
+def test_a_checkpoint_with_its_own_code_is_loaded_whole_and_says_so(deep_base, tmp_path):
+    import shutil
+
+    from qlora_core.modeling.parts import load_in_parts
+
+    shutil.copytree(deep_base, tmp_path / "base")
+    bring_own_code(tmp_path / "base" / "model")
+    notes: list[str] = []
+
+    model, base = load_in_parts(tmp_path / "base", CPU, Alone(), notes)
+
+    assert len(blocks_of(model)) == NUM_LAYERS
+    assert base.part_bytes > 0
+    assert "loaded whole" in notes[0]
