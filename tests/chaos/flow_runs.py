@@ -1,7 +1,8 @@
 """Whole flows: killed in every stage, and started several times at once.
 
 Within these runs training takes place in the flow's own process, so that it stands still where it
-is to be killed; `processes` kills what talks to Ray.
+is to be killed; `processes` kills what talks to Ray. All of them, the undisturbed one too, are
+children of one kind, with the same number of threads: bytes depend on it.
 """
 
 import json
@@ -55,18 +56,13 @@ def kill_flow(place: Place, random: Random) -> Trial:
             problems.append(f"the process was not killed in {stage}")
         seconds.append(time.monotonic() - begun)
         problems += _repeated(store, sealed, stage)
-    watcher = Watcher()
-    result = run_here(recipe, watcher)
-    if not watcher.built <= {STAGES[-1]}:
-        problems.append(f"built again at the end: {sorted(watcher.built)}")
-    problems += _equals(place, result.adapter.digest)
-    problems += list(_mlflow_problems(store, result.mlflow_run_id))
-    return Trial(tuple(problems), max(seconds[1:]), _lost(result))
-
-
-def _lost(result: Any) -> int:
-    """Return how many steps were done again; it is killed when the third is told or later."""
-    return max(0, 3 - int(result.adapter.facts.resumed_at[0]))
+    (told,) = _in_children(place, recipe, 1)
+    if not set(told["built"]) <= {STAGES[-1]}:
+        problems.append(f"built again at the end: {told['built']}")
+    problems += _equals(place, told["adapter"])
+    problems += list(_mlflow_problems(store, told["mlflow_run_id"]))
+    lost = max(0, 3 - told["resumed_at"][0])  # it is killed when the third is told or later
+    return Trial(tuple(problems), max(seconds[1:]), lost)
 
 
 def _repeated(store: Path, sealed: dict[str, str], stage: str) -> Iterator[str]:
@@ -91,8 +87,8 @@ def undisturbed_digest(place: Place) -> str:
     """Return the digest of the adapter of a run that nothing happened to."""
     store, kept = place.folder / "store-undisturbed", place.folder / "undisturbed.txt"
     if not kept.exists():
-        digest = run_here(place.flows.recipe(store), Watcher()).adapter.digest
-        kept.write_text(str(digest))
+        (told,) = _in_children(place, place.flows.recipe(store), 1)
+        kept.write_text(told["adapter"])
     return kept.read_text()
 
 
@@ -116,24 +112,33 @@ def child_run(config: RunConfig, environment: dict[str, str], answer: Path) -> N
     os.environ.update(environment)
     watcher = Watcher()
     result = run_here(config, watcher)
-    told = {"built": sorted(watcher.built), "adapter": result.adapter.digest}
+    told = {
+        "built": sorted(watcher.built),
+        "adapter": result.adapter.digest,
+        "resumed_at": result.adapter.facts.resumed_at,
+        "mlflow_run_id": result.mlflow_run_id,
+    }
     answer.write_text(json.dumps(told), "utf-8")
 
 
-def start_at_once(place: Place, random: Random, least: int = 2, most: int = 6) -> Trial:
-    """Start one recipe in several processes at the same moment."""
-    flows, store = place.flows, place.folder / f"store-{uuid4().hex[:8]}"
-    store.mkdir()
-    count = random.randint(least, most)
-    answers = [store / f"answer-{number}.json" for number in range(count)]
-    recipe = flows.recipe(store)
+def _in_children(place: Place, recipe: RunConfig, count: int) -> list[dict[str, Any]]:
+    """Run a recipe in ``count`` processes at the same moment; return what those that finish say."""
+    flows, folder = place.flows, place.folder / f"answers-{uuid4().hex[:8]}"
+    folder.mkdir()
+    answers = [folder / f"{number}.json" for number in range(count)]
     processes = [
         flows.children.start(child_run, recipe, flows.environment, answer) for answer in answers
     ]
     for process in processes:
         process.join(_AT_ONCE_S)
         process.kill()
-    told = [json.loads(answer.read_text("utf-8")) for answer in answers if answer.exists()]
+    return [json.loads(answer.read_text("utf-8")) for answer in answers if answer.exists()]
+
+
+def start_at_once(place: Place, random: Random, least: int = 2, most: int = 6) -> Trial:
+    """Start one recipe in several processes at the same moment."""
+    store, count = place.folder / f"store-{uuid4().hex[:8]}", random.randint(least, most)
+    told = _in_children(place, place.flows.recipe(store), count)
     built = Counter(stage for each in told for stage in each["built"])
     problems = [f"{stage} was done {n} times" for stage, n in built.items() if n > 1]
     if len(told) != count:
