@@ -377,6 +377,9 @@ class SnapshotConfig(Runtime):
     """Save when this many seconds have passed since the last snapshot."""
     keep: int = Field(2, gt=0)
     """Keep the newest so many snapshots (the best one too, with early stopping)."""
+    validate_beside: bool = False
+    """Measure each snapshot's held-out loss beside training, on a worker more, without stopping it;
+    tracked as `heldout/snapshot_loss`."""
 
 
 class RunConfig(Config):

@@ -26,8 +26,8 @@ from pydantic import TypeAdapter
 import qlora_core
 from qlora_core.backends import process_session
 from qlora_core.backends.ray_resources import WORKER_PROCESS, local_cpus
-from qlora_core.backends.ray_work import Spec, carry_out, fit, outcome, shares
-from qlora_core.backends.ray_worker import RayHome, WorkerOrder
+from qlora_core.backends.ray_work import Spec, beside, carry_out, fit, outcome, shares
+from qlora_core.backends.ray_worker import RayHome, RaySpec, WorkerOrder
 from qlora_core.errors import LaunchError, QLoraError
 from qlora_core.training.durable import replace_durably
 
@@ -83,6 +83,12 @@ class _Jobs(threading.Thread):
         assert self.spec is not None  # noqa: S101  # set before the event
         return self.spec
 
+    def wait_for_training(self) -> RaySpec:
+        """Return the job when it is known; nobody asks questions of a Ray of our own."""
+        spec = self.wait()
+        assert isinstance(spec, RaySpec)  # noqa: S101  # see `has_crew`
+        return spec
+
     def _pass_on(self, file: Path) -> None:
         text = file.read_bytes()
         self.spec = TypeAdapter[Spec](Spec).validate_json(text)
@@ -118,7 +124,8 @@ def _run(home: RayHome, jobs: _Jobs) -> None:
 def _train_on_our_own(home: RayHome, jobs: _Jobs) -> None:
     cpus, gpus = shares(home.cluster)
     order = WorkerOrder(job_file=home.job_file, num_threads=cpus)
-    failure = fit(home.cluster, order, gpus, home.temp / "train")
+    with beside(home.cluster, jobs.wait_for_training, cpus, gpus):
+        failure = fit(home.cluster, order, gpus, home.temp / "train")
     if failure is not None:
         raise outcome(failure, home.cluster, jobs.spec.log if jobs.spec else home.log)
 

@@ -7,12 +7,14 @@ for good.
 """
 
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from uuid import uuid4
 
 from qlora_core.backends.errands import asking_errand, training_errand
 from qlora_core.backends.ray_asker import AskSpec
-from qlora_core.backends.ray_resources import share_out
+from qlora_core.backends.ray_resources import places_on, share_out
 from qlora_core.backends.ray_worker import RaySpec, WorkerOrder, train_on_worker
 from qlora_core.config import ClusterConfig
 from qlora_core.errors import KilledError, LaunchError, QLoraError
@@ -45,7 +47,8 @@ def carry_out(cluster: ClusterConfig, spec: Spec) -> None:
         return
     require_ready(cluster, training_errand(spec.job, cluster, cpus, gpus), cpus, gpus)
     storage = spec.job.scratch / "ray"
-    failure = fit(cluster, WorkerOrder(spec=spec, num_threads=cpus), gpus, storage)
+    with beside(cluster, lambda: spec, cpus, gpus):
+        failure = fit(cluster, WorkerOrder(spec=spec, num_threads=cpus), gpus, storage)
     shutil.rmtree(storage, ignore_errors=True)
     if failure is not None:
         raise outcome(failure, cluster, spec.log)
@@ -60,6 +63,29 @@ def shares(cluster: ClusterConfig) -> tuple[int, float]:
     import ray
 
     return share_out(cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+def beside(
+    cluster: ClusterConfig, wait_for_spec: Callable[[], RaySpec], cpus: int, gpus: float
+) -> AbstractContextManager[None]:
+    """Have snapshots measured beside what trains within the block, if the recipe asks for it.
+
+    Args:
+        cluster: How many workers train.
+        wait_for_spec: Returns the training when it is known.
+        cpus: Of a worker.
+        gpus: Of a worker.
+    """
+    import ray
+
+    from qlora_core.backends.ray_validating import validated_beside
+
+    is_own_ray = cluster.address is None
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    places = sum(places_on(node, 1 if is_own_ray else cpus, gpus) for node in nodes)
+    is_elastic = not isinstance(cluster.workers, int)  # room may come
+    has_room = is_elastic or places > cluster.max_workers or (is_own_ray and not gpus)
+    return validated_beside(wait_for_spec, cpus, gpus, is_own_ray=is_own_ray, has_room=has_room)
 
 
 def fit(cluster: ClusterConfig, order: WorkerOrder, gpus: float, storage: Path) -> Exception | None:

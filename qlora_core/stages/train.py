@@ -6,7 +6,7 @@ from qlora_core.artifacts import AdapterCheckpoint, Artifact, PreparedDataset, Q
 from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
 from qlora_core.ports import Context, StepMetrics, TrainJob, stage
 from qlora_core.training.desk import SUMMARY_FILE
-from qlora_core.training.journal import CurvePoint
+from qlora_core.training.journal import VALIDATIONS_FILE, CurvePoint, Tail, Validation
 
 
 @stage(
@@ -42,18 +42,31 @@ def train_adapter(
         seed=seed,
         base_name=base.facts.source,
     )
-    ctx.launcher.train(job, _listener(ctx))
+    validations = Tail(ctx.scratch / VALIDATIONS_FILE)
+    ctx.launcher.train(job, _listener(ctx, validations))
+    _pass_on(ctx, validations)
     summary = (ctx.scratch / SUMMARY_FILE).read_text("utf-8")
     return AdapterCheckpoint.model_validate_json(summary)
 
 
-def _listener(ctx: Context) -> Callable[[StepMetrics], None]:
+def _listener(ctx: Context, validations: Tail) -> Callable[[StepMetrics], None]:
     def on_step(metrics: StepMetrics) -> None:
         ctx.tracker.log_metrics(tracked_metrics(metrics), metrics.step)
         note = f"loss {metrics.loss:.3f} · {metrics.tokens_per_s:.0f} tok/s"
         ctx.progress.update("train_adapter", metrics.step, metrics.num_steps, note)
+        _pass_on(ctx, validations)
 
     return on_step
+
+
+def _pass_on(ctx: Context, validations: Tail) -> None:
+    """Track what has been measured of snapshots meanwhile."""
+    for line in validations.lines():
+        found = Validation.model_validate_json(line)
+        if found.heldout_loss is not None:
+            ctx.tracker.log_metrics({"heldout/snapshot_loss": found.heldout_loss}, found.step)
+        if found.note:
+            ctx.progress.say("train_adapter", found.note)
 
 
 def tracked_metrics(metrics: StepMetrics) -> dict[str, float]:

@@ -19,6 +19,8 @@ from qlora_core.training.durable import replace_durably
 
 JOURNAL_FILE = "journal.jsonl"
 CURVE_FILE = "curve.jsonl"
+VALIDATIONS_FILE = "validations.jsonl"
+"""In the scratch folder: one `Validation` a line."""
 
 
 class CurvePoint(Frozen):
@@ -63,6 +65,16 @@ class Journal:
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()
+
+
+class Validation(Frozen):
+    """What was measured of a snapshot beside training, or a word to the person who watches."""
+
+    step: int
+    """Of the snapshot."""
+    heldout_loss: float | None = None
+    """Mean [nats per supervised token]; none: see ``note``."""
+    note: str = ""
 
 
 class Tail:

@@ -144,9 +144,20 @@ def _name(step: int, attempt: str) -> str:
     return f"step_{step:08d}-{attempt}"
 
 
+def step_of(folder: Path) -> int:
+    """Return the step after which a snapshot was taken, by its name."""
+    return int(folder.name.removeprefix("step_").partition("-")[0])
+
+
 def snapshots_in(root: Path) -> list[Path]:
     """Return the snapshots' folders, newest first, verified or not."""
     return sorted(root.glob("step_*"), key=lambda folder: folder.name, reverse=True)
+
+
+def load_adapter(folder: Path) -> dict[str, Tensor]:
+    """Return the trained parameters in a snapshot, by name, on the CPU; verify it first."""
+    tensors: dict[str, Tensor] = load_file(folder / _ADAPTER)
+    return tensors
 
 
 def newest_valid(scratch: Path, job: str, notes: list[str]) -> Path | None:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 from peft import PeftModel
@@ -12,7 +13,7 @@ from qlora_core.modeling.loading import load_base
 from qlora_core.ports import Services
 from qlora_core.stages.train import train_adapter
 from qlora_core.store import Store
-from qlora_core.training.journal import read_curve
+from qlora_core.training.journal import VALIDATIONS_FILE, Validation, read_curve
 from tests.training.conftest import SMALL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,6 +97,32 @@ def test_the_same_inputs_give_the_same_loss_curve_and_digest(base, data, tmp_pat
     assert not first.path.samefile(second.path)
     assert read_curve(first.path) == read_curve(second.path)
     assert first.digest == second.digest
+
+
+def test_what_is_measured_beside_training_is_tracked_once_and_said(base, data, tmp_path):
+    lines = [
+        Validation(step=2, heldout_loss=1.5),
+        Validation(step=4, note="Snapshot 4 is damaged."),
+        Validation(step=6, heldout_loss=1.25),
+    ]
+
+    class Beside(InProcessLauncher):
+        def train(self, job, on_step) -> None:
+            def hear(metrics) -> None:
+                if metrics.step in (2, 5):
+                    with (job.scratch / VALIDATIONS_FILE).open("a") as file:
+                        file.write(lines.pop(0).model_dump_json() + "\n")
+                on_step(metrics)
+
+            super().train(job, hear)
+            with (job.scratch / VALIDATIONS_FILE).open("a") as file:
+                file.write(lines.pop(0).model_dump_json() + "\n")
+
+    used = replace(services(), launcher=Beside(SnapshotConfig()))
+    produce(tmp_path, base, data, used)
+
+    assert used.tracker.metrics["heldout/snapshot_loss"] == {2: 1.5, 6: 1.25}
+    assert ("train_adapter", "Snapshot 4 is damaged.") in used.progress.said
 
 
 def test_peft_reads_the_adapter(base, data, tmp_path):

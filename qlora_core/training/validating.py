@@ -1,0 +1,52 @@
+"""Measure snapshots beside the training that writes them: the same rows and sum as training's own.
+
+Training measures the held-out loss itself at steps that the recipe names, and stands still
+meanwhile. A snapshot has all that is needed to do it elsewhere: whoever has the base loads its
+adapter, and gets to the bit what one worker would have measured after that step. Snapshots come
+by the clock, so what is measured of them is told to trackers, and is no part of the result.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from qlora_core.data.prepared import read_split
+from qlora_core.modeling.loading import load_base
+from qlora_core.modeling.lora import attach_adapter
+from qlora_core.ports import TrainJob
+from qlora_core.training import snapshot
+from qlora_core.training.comm import Alone
+from qlora_core.training.desk import job_fingerprint
+from qlora_core.training.journal import Validation
+from qlora_core.training.loop import measure_heldout
+from qlora_core.training.worker import assemble, fast_paths
+
+Validator = Callable[[Path], Validation]
+
+
+@contextmanager
+def open_validator(job: TrainJob, device: torch.device) -> Iterator[Validator]:
+    """Load the base once; yield what measures a snapshot's folder.
+
+    Args:
+        job: That writes the snapshots.
+        device: Where to measure; it holds the whole base.
+    """
+    rows = read_split(job.data, "train"), read_split(job.data, "heldout")
+    model = attach_adapter(load_base(job.base, device), job.adapter, job.seed)
+    run = assemble(job, model, rows, Alone(), device, [])
+    with fast_paths(run) as fast:
+
+        def validate(folder: Path) -> Validation:
+            step = snapshot.step_of(folder)
+            if problem := snapshot.damage(folder, job_fingerprint(job)):
+                return Validation(step=step, note=f"Snapshot {folder.name}: {problem}.")
+            tensors = snapshot.load_adapter(folder)
+            with torch.no_grad():
+                for name, parameter in fast.parameters.items():
+                    parameter.copy_(tensors[name])
+            return Validation(step=step, heldout_loss=measure_heldout(fast))
+
+        yield validate
