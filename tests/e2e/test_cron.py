@@ -7,12 +7,7 @@ it asks whether the whole chain works on a pretrained model; how well the model 
 """
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -22,6 +17,7 @@ import pytest
 
 from flows.records import RunRecord
 from qlora_core.artifacts import AdapterCheckpoint, EvalReport, MergedModel, Metric
+from tests.e2e.desk import Desk
 
 pytestmark = [
     pytest.mark.e2e,
@@ -30,8 +26,6 @@ pytestmark = [
     pytest.mark.timeout(900),  # the fixture is four commands long
 ]
 
-ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "examples" / "cron"
 NUM_STEPS, NUM_ROWS, SNAPSHOT_EVERY = 24, 16, 5
 SMALL = {
     "training.max_steps": NUM_STEPS,
@@ -42,56 +36,6 @@ SMALL = {
     "snapshots.every_s": 3600,
 }
 RUN = ["run", "cron/recipe.yaml", *(f"--set={name}={value}" for name, value in SMALL.items())]
-ADDRESSES = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_URI", "RAY_ADDRESS")
-
-
-@dataclass(frozen=True)
-class Desk:
-    """Where somebody works: a folder with the example in it, a home, a command line."""
-
-    folder: Path
-
-    @property
-    def home(self) -> Path:
-        return self.folder / "home"
-
-    def environment(self) -> dict[str, str]:
-        own = {"QLORAFLOW_HOME": str(self.home), "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
-        return {name: v for name, v in os.environ.items() if name not in ADDRESSES} | own
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "flows", *arguments],
-            cwd=self.folder,
-            env=self.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def qlora(self, *arguments: str) -> CompletedProcess[str]:
-        process = self.start(*arguments)
-        try:
-            out, err = process.communicate(timeout=480)
-        finally:
-            process.kill()
-            process.wait()
-        return CompletedProcess(process.args, process.returncode, out, err)
-
-    def record(self) -> RunRecord:
-        """Return what `qlora show --json` prints of the newest run."""
-        return RunRecord.model_validate_json(self.qlora("show", "--json").stdout)
-
-    def processes(self) -> list[psutil.Process]:
-        """Return everything that runs for this home, whoever its parent is by now."""
-        return [p for p in psutil.process_iter() if str(self.home) in _traces(p)]
-
-
-def _traces(process: psutil.Process) -> str:
-    try:
-        return " ".join([*process.cmdline(), *process.environ().values()])
-    except (psutil.Error, OSError):  # it ended meanwhile, or is not ours to ask
-        return ""
 
 
 @dataclass(frozen=True)
@@ -119,10 +63,7 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
-    desk = Desk(tmp_path_factory.mktemp("desk"))
-    shutil.copytree(EXAMPLE, desk.folder / "cron", ignore=shutil.ignore_patterns("data"))
-    generate = [sys.executable, "cron/generate.py", "--out", "cron/data"]
-    subprocess.run(generate, cwd=desk.folder, check=True)
+    desk = Desk.at(tmp_path_factory.mktemp("desk"))
     try:
         at_work = crash_in_training(desk)
         crashed = desk.record()
@@ -145,17 +86,13 @@ def crash_in_training(desk: Desk) -> list[str]:
     """
     process = desk.start(*RUN)
     try:
-        while not any(snapshots(desk)):
+        while not any(desk.snapshots()):
             assert process.poll() is None, process.communicate()
             time.sleep(0.1)
         return [" ".join(found.cmdline()) for found in desk.processes()]
     finally:
         process.kill()
         process.communicate()
-
-
-def snapshots(desk: Desk) -> Iterator[Path]:
-    return desk.home.glob("train_adapter/.*.scratch/snapshots/step_*/MANIFEST.json")
 
 
 def test_the_run_that_was_killed_trained_on_ray(story):
