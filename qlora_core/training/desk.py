@@ -22,7 +22,9 @@ SUMMARY_FILE = "summary.json"
 NOTES_FILE = "notes.txt"
 """What a person should know, one line each, in the scratch folder; it grows on the way."""
 _PREEMPTION = Incident(
-    kind="preemption", what="A node will be taken away.", remedy="Saved at once."
+    kind="preemption",
+    what="A node will be taken away.",
+    remedy="Saved at once, and after each step for some minutes.",
 )
 
 
@@ -56,9 +58,14 @@ class Desk:
     _num_steps_told: int = field(default=0, init=False)
 
     def record(self, metrics: StepMetrics, position: Position, *, is_urgent: bool = False) -> None:
-        """Note one step; save if it is time to or urgent, and at the end in any case."""
+        """Note one step; save if it is time to or urgent, and at the end in any case.
+
+        What is urgent once stays so for a while: a node that was announced to be taken away goes
+        within minutes, and takes along what was done since the last snapshot.
+        """
         self.journal.append(metrics)
         if is_urgent:
+            self.writer.hurry()
             _tell(self.job, self.attempt, self.notes, _PREEMPTION, position.step)
         is_end = position.step == self.run.plan.num_steps or position.stopped_early
         if not is_end and not is_urgent and not self.writer.is_due(position.step):

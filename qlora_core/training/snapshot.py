@@ -36,6 +36,8 @@ from qlora_core.training.loop import Position
 from qlora_core.training.optimizer import OptimizerState
 
 SCHEMA = 1
+HURRY_S = 300.0
+"""After a node has been announced to be taken away: notices are of 30 to 120 s."""
 FOLDER = "snapshots"
 MANIFEST_FILE = "MANIFEST.json"
 _ADAPTER, _OPTIMIZER, _BEST = "adapter.safetensors", "optimizer.safetensors", "best.safetensors"
@@ -99,13 +101,19 @@ class SnapshotWriter:
         self._root = scratch / FOLDER
         self._config, self._attempt, self._job = config, attempt, job
         self._saved_at = time.monotonic()
+        self._took_s, self._hurried_until = 0.0, 0.0
         self._root.mkdir(parents=True, exist_ok=True)
 
     def is_due(self, step: int) -> bool:
         """Say whether to save after ``step``."""
-        every = self._config.every_steps
+        every, now = self._config.every_steps, time.monotonic()
         by_step = every is not None and step % every == 0
-        return by_step or time.monotonic() - self._saved_at >= self._config.every_s
+        every_s = self._config.every_s if now > self._hurried_until else self._took_s
+        return by_step or now - self._saved_at >= every_s
+
+    def hurry(self) -> None:
+        """For some minutes, save after each step, but spend no more than half of the time on it."""
+        self._hurried_until = time.monotonic() + HURRY_S
 
     def save(self, state: TrainingState) -> Path:
         """Write a snapshot; afterwards remove those beyond ``config.keep``.
@@ -115,6 +123,7 @@ class SnapshotWriter:
             LaunchError: A newer attempt has taken over.
         """
         self._attempt.require_current()
+        begun = time.monotonic()
         name = _name(state.position.step, self._attempt.token)
         hidden = self._root / f".{name}.tmp"
         shutil.rmtree(hidden, ignore_errors=True)
@@ -131,6 +140,7 @@ class SnapshotWriter:
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
         self._saved_at = time.monotonic()
+        self._took_s = self._saved_at - begun
         self._clear(self._root / name)
         return self._root / name
 

@@ -14,7 +14,14 @@ from qlora_core.training.attempt import claim, next_launch, read_record
 from qlora_core.training.comm import Alone
 from qlora_core.training.desk import SUMMARY_FILE, job_fingerprint
 from qlora_core.training.journal import JOURNAL_FILE, read_curve, read_journal
-from qlora_core.training.snapshot import FOLDER, damage, load, newest_valid, snapshots_in
+from qlora_core.training.snapshot import (
+    FOLDER,
+    SnapshotWriter,
+    damage,
+    load,
+    newest_valid,
+    snapshots_in,
+)
 from qlora_core.training.worker import run_worker
 
 OFTEN = SnapshotConfig(every_steps=2, keep=2)
@@ -110,6 +117,20 @@ def test_a_snapshot_is_taken_when_the_time_has_come(make_job):
     run(job, kill_after=4, snapshots=SnapshotConfig(every_s=1e-6))
 
     assert snapshots_in(job.scratch / FOLDER)[0].name.startswith("step_00000004")
+
+
+def test_after_a_notice_it_is_always_time_unless_saving_takes_longer_than_training(make_job):
+    job = make_job()
+    attempt = claim(job.scratch, "0001", 0, 1)
+    writer = SnapshotWriter(job.scratch, SnapshotConfig(every_s=1e9), attempt, "job")
+
+    before = writer.is_due(1)
+    writer.hurry()
+    after = writer.is_due(1)
+    writer._took_s = 60.0
+    slow = writer.is_due(1)
+
+    assert (before, after, slow) == (False, True, False)
 
 
 def truncate(path: Path) -> None:
