@@ -121,6 +121,7 @@ class _Beside(threading.Thread):
         if self._spec is None or not self._has_room:
             return
         self.join(timeout=10 * _POLL_S)
+        self._newest(self._spec.job.scratch / FOLDER)
         if left := self._seen - self._measured:
             self._tell(
                 max(left),
@@ -142,7 +143,7 @@ class _Beside(threading.Thread):
             ray.kill(judge)
 
     def _newest(self, root: Path) -> Path | None:
-        """Return the newest snapshot if it was not measured yet."""
+        """Take note of all snapshots; return the newest if it was not measured yet."""
         folders = snapshots_in(root)
         self._seen |= {step_of(folder) for folder in folders}
         if not folders or step_of(folders[0]) in self._measured:
