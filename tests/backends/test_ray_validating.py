@@ -11,7 +11,7 @@ SNAPSHOTS = SnapshotConfig(every_steps=25, keep=4, validate_beside=True)
 
 
 def test_snapshots_are_measured_beside_training_and_those_left_out_are_counted(make_job):
-    job, told = make_job(epochs=800, heldout_every=25, learning_rate=1e-4), []
+    job, told = make_job(epochs=500, heldout_every=25, learning_rate=1e-4), []
 
     RayTrainLauncher(ClusterConfig(workers=1, cpus_per_worker=1), SNAPSHOTS, print).train(
         job, told.append

@@ -4,7 +4,7 @@ import functools
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
@@ -14,6 +14,7 @@ from qlora_core.ports import StepMetrics
 from tests.chaos import flow_runs, tracking
 from tests.chaos.family import family
 from tests.chaos.faults import BY_NAME, FAULTS, Fault
+from tests.chaos.joined import joined
 from tests.chaos.place import Place, open_place
 from tests.chaos.running import Row, let_loose, one_trial, table
 from tests.chaos.trial import CannotBreakError, Trial, Watch, curve_problems
@@ -158,3 +159,25 @@ def test_a_table_counts_what_held_and_shows_the_worst():
     text = table([Row("kill", "SIGKILL", trials, 40.0)])
 
     assert "| SIGKILL | 3 | 2/3 | 4.0 | 30.0 | 3 |" in text
+
+
+def test_records_of_several_runs_make_one_table_in_the_order_of_the_faults(tmp_path):
+    def stored(name: str, *rows: Row) -> Path:
+        file = tmp_path / name
+        plain = [asdict(row) | {"num_held": row.num_held} for row in rows]
+        file.write_text(json.dumps({"faults": plain}))
+        return file
+
+    first, last = FAULTS[0], FAULTS[-1]
+    one = stored("1", Row(last.name, "old words", (Trial((), 9.0, 1),), 10.0))
+    two = stored(
+        "2",
+        Row(last.name, "old words", (Trial(("late",), 11.0, 2),), 10.0),
+        Row(first.name, "old words", (Trial((), 3.0, 0),), 10.0),
+        Row(FAULTS[1].name, "old words", (), 1.0, skipped="needs root"),
+    )
+
+    rows = list(joined([one, two]))
+
+    assert [row.fault for row in rows] == [first.name, last.name]
+    assert f"| {last.what} | 2 | 1/2 | 10.0 | 11.0 | 2 |" in table(rows)
