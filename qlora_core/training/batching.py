@@ -9,11 +9,11 @@ Two decisions, kept apart so that the cluster cannot change the result:
    last step may be smaller; its loss is divided by its own supervised tokens.
 2. `deal` says *who* does it: the only place where lengths, world size and micro-batch matter.
 
-Padding and load: a step's rows are sorted by length and cut into chunks of neighbours, so a chunk
-pads little. Chunks are dealt in rounds, one to each worker, the longest to whoever has least so
-far. Every worker gets equally many chunks (workers wait for each other, so the slowest counts), and
-the step is never slower than dealing out rows one by one. With fewer rows than workers some get
-none: they contribute zero gradients.
+Load and padding: workers wait for each other once a step, so the slowest counts. Row by row, the
+longest first, a step goes to whoever has the fewest tokens so far (Graham 1969, "Bounds on
+multiprocessing timing anomalies", SIAM J. Appl. Math. 17), but to all equally many rows, as passes
+cost something too. What a worker has got is cut into chunks of neighbours in length, so one that is
+padded pads little. With fewer rows than workers some get none: they contribute zero gradients.
 
 The resume position is the step number alone, whatever the number of workers was before.
 Shuffling sorts raw bits of Philox, whose stream is fixed for ever; `Generator.permutation` may
@@ -32,6 +32,8 @@ from qlora_core.config import TrainingConfig
 Indices = NDArray[np.int64]
 
 _HELDOUT_SEED = 0  # of our own choice: runs with other seeds measure the same held-out rows
+_MOST_DEALT = 2000  # steps, to find the largest micro-batch: tenths of a second
+_NOTHING: Indices = np.array([], np.int64)
 
 
 @dataclass(frozen=True)
@@ -121,23 +123,34 @@ def deal(
         micro_batch: Rows of one forward pass, at most.
     """
     longest_first = rows[np.lexsort((rows, -lengths[rows]))]
-    num_rounds = math.ceil(len(rows) / (world_size * micro_batch))
-    chunks = np.array_split(longest_first, num_rounds * world_size)
-    shares: list[list[Indices]] = [[] for _ in range(world_size)]
+    return [
+        np.array_split(own, math.ceil(len(own) / micro_batch)) if len(own) else []
+        for own in _dealt(longest_first, lengths, world_size)
+    ]
+
+
+def _dealt(longest_first: Indices, lengths: Indices, world_size: int) -> list[Indices]:
+    """Return each worker's rows, the longest first: about equally many tokens, rows within 1."""
+    if world_size == 1:
+        return [longest_first]
+    num_all, num_more = divmod(len(longest_first), world_size)
+    owned: list[list[int]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
-    for start in range(0, len(chunks), world_size):
-        emptiest_first = sorted(range(world_size), key=lambda worker: (loads[worker], worker))
-        for worker, chunk in zip(emptiest_first, chunks[start : start + world_size], strict=True):
-            if len(chunk):
-                shares[worker].append(chunk)
-                loads[worker] += padded_tokens(chunk, lengths)
-    return shares
+    for row in longest_first.tolist():
+        open_to = [w for w in range(world_size) if len(owned[w]) < num_all + (num_more > 0)]
+        worker = min(open_to, key=lambda w: (loads[w], w))
+        num_more -= len(owned[worker]) == num_all
+        owned[worker].append(row)
+        loads[worker] += int(lengths[row])
+    return [np.array(own, np.int64) for own in owned]
 
 
 def largest_chunk(plan: Plan, lengths: Indices, *, world_size: int, micro_batch: int) -> Indices:
     """Return the rows of the micro-batch that holds most tokens, of all that `deal` will make.
 
-    It is the first chunk of a step: the longest rows, and as many of them as any chunk has.
+    It is a worker's first chunk of a step. Steps are dealt, beginning with those of the longest
+    rows, until no other can hold more; for one worker that is the first. Should it take thousands
+    of steps, the largest of those is taken.
 
     Args:
         plan: Says which rows a step has.
@@ -145,24 +158,25 @@ def largest_chunk(plan: Plan, lengths: Indices, *, world_size: int, micro_batch:
         world_size: Number of workers.
         micro_batch: Rows of one forward pass, at most.
     """
-    num_rounds = math.ceil(plan.global_batch / (world_size * micro_batch))
-    num_first = math.ceil(plan.global_batch / (num_rounds * world_size))
+    fewest, most_own = plan.global_batch // world_size, -(-plan.global_batch // world_size)
+    num_first = max(
+        math.ceil(num_own / math.ceil(num_own / micro_batch))
+        for num_own in (fewest, most_own)
+        if num_own
+    )
     rows = plan.all_rows()
     sizes = np.where(rows < 0, 0, lengths[rows])
-    longest = np.partition(sizes, -num_first, axis=1)[:, -num_first:].sum(1)
-    steps = {int(longest[:-1].argmax()) + 1 if len(longest) > 1 else 1, plan.num_steps}
-    chunks = (
-        chunk
-        for step in steps  # the last one may be smaller, and is cut otherwise
-        for share in deal(plan.rows(step), lengths, world_size=world_size, micro_batch=micro_batch)
-        for chunk in share
-    )
-    return max(chunks, key=lambda chunk: int(lengths[chunk].sum()))
-
-
-def padded_tokens(chunk: Indices, lengths: Indices) -> int:
-    """Return how many tokens a micro-batch sends through the model, padding included."""
-    return len(chunk) * int(lengths[chunk].max())
+    most = np.partition(sizes, -num_first, axis=1)[:, -num_first:].sum(1)  # that a chunk can hold
+    largest, num_tokens = _NOTHING, -1
+    # the last step may be smaller, and is cut otherwise
+    for step in [plan.num_steps, *(np.argsort(-most, kind="stable") + 1)[:_MOST_DEALT].tolist()]:
+        if num_tokens >= most[step - 1] and step != plan.num_steps:
+            break
+        shared = deal(plan.rows(step), lengths, world_size=world_size, micro_batch=micro_batch)
+        for chunk in (chunk for share in shared for chunk in share):
+            if int(lengths[chunk].sum()) > num_tokens:
+                largest, num_tokens = chunk, int(lengths[chunk].sum())
+    return largest
 
 
 @lru_cache(maxsize=2)  # a step touches the end of one epoch and the start of the next
