@@ -1,9 +1,7 @@
 """The process that talks to Ray: started by `ray_train`, ends with it, answers on a pipe.
 
 It is a process of its own because Ray ends its driver without an exception when the cluster's head
-dies, and takes over signal handling. Resuming is not left to Ray Train: each start has a name of
-its own, and the workers go on from our newest verified snapshot. Ray's own checkpoint register is
-rewritten in place, so a full disk can make it unreadable for good.
+dies, and takes over signal handling. What it has Ray do is in `ray_work`.
 
     python -m qlora_core.backends.ray_driver HOME PIPE    # HOME: a `RayHome` in JSON
 

@@ -11,9 +11,24 @@ from pathlib import Path
 
 from qlora_core.backends.ray_job_order import JobOrder, order_file, submission_stem
 from qlora_core.backends.ray_jobs_client import JobsClient, RayJob
-from qlora_core.errors import from_json
+from qlora_core.config import ClusterConfig
+from qlora_core.errors import from_json, storing
 from qlora_core.training.attempt import next_launch, read_record
 from qlora_core.training.durable import replace_durably
+
+
+def open_line(cluster: ClusterConfig, scratch: Path) -> JobsClient:
+    """Return a line to the endpoint that is ``cluster.address``, and make the folder for orders.
+
+    Raises:
+        UserError: Nobody answers at the address, or not to our token.
+        StoreError: The folder cannot be made.
+    """
+    client = JobsClient(str(cluster.address))
+    client.require_usable()
+    with storing(scratch):
+        scratch.mkdir(parents=True, exist_ok=True)
+    return client
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,8 @@ from pathlib import Path
 
 from qlora_core.backends.ray_job_log import JobVoice
 from qlora_core.backends.ray_job_order import JobOrder
-from qlora_core.backends.ray_job_orders import Orders
+from qlora_core.backends.ray_job_orders import Orders, open_line
 from qlora_core.backends.ray_job_watch import PATIENCE_S, JobWatch
-from qlora_core.backends.ray_jobs_client import JobsClient
 from qlora_core.backends.ray_worker import LOG_FILE, RaySpec
 from qlora_core.backends.triage import PAUSES_S, Triage
 from qlora_core.config import ClusterConfig, SnapshotConfig
@@ -67,12 +66,8 @@ class RayJobsLauncher:
             LaunchError: Workers or jobs were lost more often than ``cluster.max_failures``, or
                 the cluster stayed away.
         """
-        assert self.cluster.address is not None  # noqa: S101  # that is why we are asked
-        client = JobsClient(self.cluster.address)
-        client.require_usable()
         job = job.absolute()
-        with storing(job.scratch):
-            job.scratch.mkdir(parents=True, exist_ok=True)
+        client = open_line(self.cluster, job.scratch)
         orders = Orders(job.scratch, client, lambda launch: self._order(job, launch), self.say)
         voice = JobVoice.of(job, on_step, self.say)
         triage = Triage(job.scratch, self.cluster.max_failures, self.pauses_s)

@@ -13,14 +13,12 @@ from qlora_core.backends.ray_asker import AskSpec
 from qlora_core.backends.ray_crew import ReplyFollower
 from qlora_core.backends.ray_job_log import LogTeller
 from qlora_core.backends.ray_job_order import JobOrder
-from qlora_core.backends.ray_job_orders import Orders
+from qlora_core.backends.ray_job_orders import Orders, open_line
 from qlora_core.backends.ray_job_watch import PATIENCE_S, JobWatch
-from qlora_core.backends.ray_jobs_client import JobsClient
 from qlora_core.backends.ray_worker import LOG_FILE
 from qlora_core.backends.replies import REPLIES_FILE
 from qlora_core.backends.triage import LostDriverError
 from qlora_core.config import ClusterConfig
-from qlora_core.errors import storing
 from qlora_core.ports import AskJob, Reply
 from qlora_core.training.journal import Tail
 
@@ -50,12 +48,8 @@ class RayJobsCrew:
                 cluster stayed away.
             QLoraError: What a worker met.
         """
-        assert self.cluster.address is not None  # noqa: S101  # that is why we are asked
-        client = JobsClient(self.cluster.address)
-        client.require_usable()
         job = job.absolute()
-        with storing(job.scratch):
-            job.scratch.mkdir(parents=True, exist_ok=True)
+        client = open_line(self.cluster, job.scratch)
         orders = Orders(job.scratch, client, lambda launch: self._order(job, launch), self.say)
         voice = ReplyVoice.of(job, on_reply, self.say)
         num_lost = 0

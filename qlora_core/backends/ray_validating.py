@@ -5,6 +5,8 @@ which is a barrier, and that it keeps a register of. Our snapshots are rank 0's 
 clock, and are nobody else's business; so the driver looks for new ones itself, and a worker that no
 training waits for measures the newest. What came in between, or is not done when training ends, is
 left out and counted: the adapter that comes of it is evaluated anyway.
+
+Every driver loads this module, so what takes seconds to import is imported where it is used.
 """
 
 import threading
@@ -19,7 +21,6 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from qlora_core.backends.ray_worker import RaySpec
 from qlora_core.ports import TrainJob
 from qlora_core.training.journal import VALIDATIONS_FILE, Validation
-from qlora_core.training.snapshot import FOLDER, snapshots_in, step_of
 
 _POLL_S = 0.5
 _MAX_LOST = 3  # workers that measure; training does without them
@@ -121,7 +122,7 @@ class _Beside(threading.Thread):
         if self._spec is None or not self._has_room:
             return
         self.join(timeout=10 * _POLL_S)
-        self._newest(self._spec.job.scratch / FOLDER)
+        self._newest(self._spec.job.scratch)
         if left := self._seen - self._measured:
             self._tell(
                 max(left),
@@ -136,15 +137,17 @@ class _Beside(threading.Thread):
         )
         try:
             while not self._over.wait(_POLL_S):
-                folder = self._newest(spec.job.scratch / FOLDER)
+                folder = self._newest(spec.job.scratch)
                 if folder is not None:
                     self._measure(judge, folder)
         finally:
             ray.kill(judge)
 
-    def _newest(self, root: Path) -> Path | None:
+    def _newest(self, scratch: Path) -> Path | None:
         """Take note of all snapshots; return the newest if it was not measured yet."""
-        folders = snapshots_in(root)
+        from qlora_core.training.snapshot import FOLDER, snapshots_in, step_of
+
+        folders = snapshots_in(scratch / FOLDER)
         self._seen |= {step_of(folder) for folder in folders}
         if not folders or step_of(folders[0]) in self._measured:
             return None
@@ -154,8 +157,9 @@ class _Beside(threading.Thread):
         asked = judge.measure.remote(str(folder))
         while not self._over.is_set():
             with suppress(GetTimeoutError):
-                self._write(Validation.model_validate_json(ray.get(asked, timeout=_POLL_S)))
-                self._measured.add(step_of(folder))
+                found = Validation.model_validate_json(ray.get(asked, timeout=_POLL_S))
+                self._write(found)
+                self._measured.add(found.step)
                 return
 
     def _tell(self, step: int, note: str) -> None:

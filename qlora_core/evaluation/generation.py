@@ -11,7 +11,7 @@ utters them has not answered well.
 Dims: B rows of a batch, P prompt tokens, A answer tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,36 +80,6 @@ class Answering:
         with _greedy(self.model, stops, self._rooms[batch[0]]):
             new_BA = _continue(self.model, ids, self._prefix, stops[0])
         return tuple(_answer(self.tokenizer, ids, stops) for ids in new_BA.tolist())
-
-
-def answer_prompts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    on_done: Callable[[int], None] = lambda _: None,
-) -> tuple[Answer, ...]:
-    """Return the greedy answer to each prompt, in order.
-
-    Args:
-        model: A causal LM in eval mode.
-        tokenizer: The one the prompts were made with.
-        prompts: What to answer.
-        max_new_tokens: Longest answer; shorter where the model's context ends before.
-        batch_size: Most prompts of one forward pass.
-        on_done: Told how many prompts are done, after each batch.
-
-    Raises:
-        ModelError: Neither model nor tokenizer names a stop token.
-    """
-    task = Answering(model, tokenizer, prompts, max_new_tokens, batch_size)
-    answers: dict[int, Answer] = {}
-    for batch in task.batches:
-        answers.update(zip(batch, task.answer(batch), strict=True))
-        on_done(len(answers))
-    return tuple(answers[i] for i in range(len(prompts)))
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

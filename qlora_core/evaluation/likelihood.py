@@ -11,7 +11,7 @@ Dims: B rows of a batch, T positions, S supervised positions of the batch, V voc
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,33 +69,6 @@ class Likelihood:
         """
         found = _row_nats(self.model, self.rows, batch, self._prefix)
         return tuple(_finite(row, nats) for row, nats in zip(batch, found, strict=True))
-
-
-def measure_likelihood(
-    model: PreTrainedModel,
-    rows: Rows,
-    indices: Sequence[int],
-    batch_size: int,
-    on_done: Callable[[int], None] = lambda _: None,
-) -> tuple[LossRow, ...]:
-    """Return the negative log-likelihood of each row's supervised tokens, in order of ``indices``.
-
-    Args:
-        model: A causal LM in eval mode.
-        rows: Held-out rows.
-        indices: Which of them; those without a predicted token are left out of the result.
-        batch_size: Most rows of one forward pass.
-        on_done: Told how many rows are done, after each batch.
-
-    Raises:
-        ModelError: The model answers with numbers that are not finite.
-    """
-    scored = tuple(row for row in indices if rows.num_supervised[row] > 0)
-    task, found = Likelihood(model, rows, scored, batch_size), dict[int, float]()
-    for batch in task.batches:
-        found.update(zip(batch, task.nats(batch), strict=True))
-        on_done(len(found))
-    return loss_rows(rows, scored, found)
 
 
 def loss_rows(rows: Rows, scored: Sequence[int], nats: Mapping[int, float]) -> tuple[LossRow, ...]:

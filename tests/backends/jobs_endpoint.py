@@ -12,29 +12,11 @@ from pathlib import Path
 
 from qlora_core.backends.ray_job_order import JobOrder
 from qlora_core.errors import QLoraError
-from qlora_core.ports import StepMetrics
 from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.journal import JOURNAL_FILE, Journal
+from tests.training.steps import step_metrics
 
 LIVE = ("PENDING", "RUNNING")
-
-
-def step(number: int, num_steps: int = 3) -> StepMetrics:
-    return StepMetrics(
-        step=number,
-        num_steps=num_steps,
-        epoch=0.1,
-        loss=1 / number,
-        learning_rate=1e-3,
-        grad_norm=2.0,
-        num_tokens=5,
-        num_supervised_tokens=4,
-        num_computed_tokens=6,
-        seconds=0.1,
-        tokens_per_s=50.0,
-        supervised_tokens_per_s=40.0,
-        memory_bytes=1,
-    )
 
 
 @dataclass
@@ -69,7 +51,7 @@ class Endpoint:
 
     def write_steps(self, order: JobOrder, *numbers: int) -> None:
         """Do what a training does while it runs."""
-        journal = Journal(order.spec.job.scratch / JOURNAL_FILE, map(step, numbers))
+        journal = Journal(order.spec.job.scratch / JOURNAL_FILE, map(step_metrics, numbers))
         journal.close()
 
     def finish(self, order: JobOrder, num_steps: int = 3) -> None:

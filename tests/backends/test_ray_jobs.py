@@ -36,7 +36,8 @@ from qlora_core.errors import (
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.attempt import next_launch
 from qlora_core.training.incidents import history
-from tests.backends.jobs_endpoint import Endpoint, serving, step
+from tests.backends.jobs_endpoint import Endpoint, serving
+from tests.training.steps import step_metrics
 
 
 class CancelledError(Exception):
@@ -489,7 +490,7 @@ def test_progress_is_said_now_and_then_and_every_step_passed_on():
     told, said = [], []
     teller = StepTeller(told.append, said.append, every_s=0.0)
 
-    teller(step(2))
+    teller(step_metrics(2, num_steps=3))
 
-    assert told == [step(2)]
+    assert told == [step_metrics(2, num_steps=3)]
     assert said == ["step 2 of 3, loss 0.5000"]

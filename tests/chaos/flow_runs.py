@@ -20,18 +20,8 @@ from qlora_core.backends.mlflow_client import connect, local_place
 from qlora_core.config import RunConfig
 from tests.chaos.place import Place
 from tests.chaos.trial import Trial
-from tests.flows.scenes import NUM_STEPS, Watcher
+from tests.flows.scenes import NUM_STEPS, STAGES, Watcher
 
-STAGES = (
-    "prepare_dataset",
-    "quantize_base",
-    "evaluate base",
-    "train_adapter",
-    "evaluate tuned",
-    "merge_adapter",
-    "evaluate merged",
-    "register_model",
-)
 _AT_ONCE_S = 300.0
 
 

@@ -10,7 +10,6 @@ from random import Random
 
 import pytest
 
-from qlora_core.ports import StepMetrics
 from tests.chaos import flow_runs, tracking
 from tests.chaos.family import family
 from tests.chaos.faults import BY_NAME, FAULTS, Fault
@@ -18,6 +17,7 @@ from tests.chaos.joined import joined
 from tests.chaos.place import Place, open_place
 from tests.chaos.running import Row, let_loose, one_trial, table
 from tests.chaos.trial import CannotBreakError, Trial, Watch, curve_problems
+from tests.training.steps import step_metrics
 
 SHORTER = {
     "stop-mlflow": functools.partial(tracking.stop_tracking, away_s=6.0),
@@ -109,23 +109,15 @@ def test_an_orphan_in_a_session_of_its_own_is_found_named_and_ended():
     assert again == []
 
 
-def metrics(step: int) -> StepMetrics:
-    return StepMetrics(
-        step=step, num_steps=9, epoch=0.0, loss=1.0, learning_rate=1.0, grad_norm=1.0,
-        num_tokens=1, num_supervised_tokens=1, num_computed_tokens=1, seconds=1.0,
-        tokens_per_s=1.0, supervised_tokens_per_s=1.0, memory_bytes=1,
-    )  # fmt: skip
-
-
 def test_silence_is_counted_from_the_fault_and_ends_with_a_new_step_not_a_repeated_one():
     watch = Watch(2, lambda: None)
     for step in (1, 2, 3):
-        watch(metrics(step))
+        watch(step_metrics(step))
     watch.told.clear()
     for step in (1, 2, 3):  # the same command again tells all
-        watch(metrics(step))
+        watch(step_metrics(step))
     time.sleep(0.2)
-    watch(metrics(4))
+    watch(step_metrics(4))
 
     seconds, before = watch.silence()
 

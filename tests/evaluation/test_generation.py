@@ -6,8 +6,9 @@ from transformers import GenerationConfig
 
 from qlora_core.data.prepared import Prompt
 from qlora_core.errors import ModelError
-from qlora_core.evaluation.generation import answer_prompts, stop_tokens
+from qlora_core.evaluation.generation import stop_tokens
 from qlora_core.modeling.dense import dense_weights
+from tests.evaluation.asking import answer_prompts
 
 
 def plain_greedy(model, prompt: Prompt, max_new_tokens: int, stops: set[int]) -> list[int]:

@@ -5,11 +5,10 @@ from transformers import AutoTokenizer
 from qlora_core.config import EvaluationConfig
 from qlora_core.data.prepared import Prompt, write_prompts
 from qlora_core.errors import ArtifactError
-from qlora_core.evaluation.generation import answer_prompts
 from qlora_core.evaluation.interview import open_interview
-from qlora_core.evaluation.likelihood import measure_likelihood
 from qlora_core.evaluation.questions import read_questions
 from qlora_core.ports import AskJob, Batch, Reply
+from tests.evaluation.asking import answer_prompts, measure_likelihood
 from tests.training.conftest import write_dataset
 
 CPU = torch.device("cpu")

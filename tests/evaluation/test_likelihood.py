@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_core.data.prepared import IGNORED, TokenRow, read_split, write_split
+from qlora_core.config import EvaluationConfig
+from qlora_core.data.prepared import IGNORED, TokenRow, write_split
 from qlora_core.errors import ModelError
-from qlora_core.evaluation.likelihood import logits_at, measure_likelihood
+from qlora_core.evaluation.likelihood import Likelihood, logits_at
 from qlora_core.evaluation.metrics import estimate_metric
+from qlora_core.evaluation.questions import read_questions
 from qlora_core.evaluation.records import Records
 from qlora_core.modeling.dense import dense_weights
+from tests.evaluation.asking import measure_likelihood
 
 
 def plain_nats(model, rows, i: int) -> float:
@@ -55,19 +58,19 @@ def test_rows_of_one_prompt_are_one_unit(lively_llama, rows):
     assert [row.unit for row in found] == [0, 1, 2, 3, 4, 5, 6, 6]
 
 
-def test_rows_come_back_in_the_order_asked_for_and_progress_is_told(lively_llama, rows):
-    told = []
-
-    found = measure_likelihood(lively_llama, rows, [6, 1, 3], batch_size=2, on_done=told.append)
+def test_rows_come_back_in_the_order_asked_for_however_they_are_cut(lively_llama, rows):
+    found = measure_likelihood(lively_llama, rows, [6, 1, 3], batch_size=2)
 
     assert [row.row for row in found] == [6, 1, 3]
-    assert told == [2, 3]
+    batches = Likelihood(lively_llama, rows, (6, 1, 3), batch_size=2).batches
+    assert [len(batch) for batch in batches] == [2, 1]
 
 
 def test_a_row_without_a_predicted_token_is_left_out(lively_llama, tmp_path):
     write_split(tmp_path, "heldout", [TokenRow([5, 6, 7], [IGNORED] * 3), TokenRow([5, 6], [5, 6])])
 
-    found = measure_likelihood(lively_llama, read_split(tmp_path, "heldout"), [0, 1], batch_size=2)
+    asked = read_questions(EvaluationConfig(generate=False), tmp_path)
+    found = measure_likelihood(lively_llama, asked.rows, asked.indices, batch_size=2)
 
     assert [(row.row, row.num_tokens) for row in found] == [(1, 1)]
 

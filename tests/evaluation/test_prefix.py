@@ -7,9 +7,8 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from qlora_core.data.prepared import IGNORED, Prompt, TokenRow, read_split, write_split
 from qlora_core.evaluation import generation, likelihood
-from qlora_core.evaluation.generation import answer_prompts
-from qlora_core.evaluation.likelihood import measure_likelihood
 from qlora_core.evaluation.prefix import Prefix, common_length, shared_prefix
+from tests.evaluation.asking import answer_prompts, measure_likelihood
 
 TEMPLATE = [7, 100, 33, 250, 8, 9, 61, 17, 140, 20, 21, 22]
 

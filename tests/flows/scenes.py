@@ -15,6 +15,17 @@ from qlora_core.config import RunConfig
 from qlora_core.ports import StepMetrics, TrainJob
 
 NUM_STEPS = 6
+STAGES = (
+    "prepare_dataset",
+    "quantize_base",
+    "evaluate base",
+    "train_adapter",
+    "evaluate tuned",
+    "merge_adapter",
+    "evaluate merged",
+    "register_model",
+)
+"""All that a run does, as it is told to a person, in an order in which it may be done."""
 
 
 def write_rows(folder: Path, num_rows: int = 48) -> Path:

@@ -20,6 +20,7 @@ from qlora_core.errors import ConfigError, DataError, UserError
 from qlora_core.ports import Launcher
 from tests.flows.scenes import (
     NUM_STEPS,
+    STAGES,
     Children,
     Watcher,
     child_run_on_ray,
@@ -29,16 +30,7 @@ from tests.flows.scenes import (
 
 pytestmark = pytest.mark.prefect
 
-ALL = {
-    "prepare_dataset",
-    "quantize_base",
-    "evaluate base",
-    "train_adapter",
-    "evaluate tuned",
-    "merge_adapter",
-    "evaluate merged",
-    "register_model",
-}
+ALL = set(STAGES)
 
 
 @pytest.fixture(scope="module")
