@@ -12,13 +12,16 @@ from tests.backends.ray_nodes import ray_cluster
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.ray]
 SNAPSHOTS = SnapshotConfig(every_steps=25)
+# Two workers sum a step's gradient in another order than one, which moves a loss by some 2e-7 of
+# itself. 2,200 steps at 3e-5 keep it there; at 1e-4 and more, training amplifies it from some step
+# on (as it does a learning rate that is 2e-7 larger), and no two such curves could be compared.
+GENTLE = {"epochs": 800, "heldout_every": None, "learning_rate": 3e-5}
 
 
 def test_a_node_that_is_lost_and_one_that_joins_only_pause_the_run(make_job):
-    settings = {"epochs": 800, "heldout_every": None, "learning_rate": 1e-3}
-    alone, told = make_job("alone", **settings), []
+    alone, told = make_job("alone", **GENTLE), []
     InProcessLauncher(SNAPSHOTS).train(alone, told.append)
-    job, losses = make_job("ray", **settings), []
+    job, losses = make_job("ray", **GENTLE), []
 
     with ray_cluster() as nodes:
         nodes.start_head()
@@ -39,7 +42,7 @@ def test_a_node_that_is_lost_and_one_that_joins_only_pause_the_run(make_job):
         RayTrainLauncher(cluster, SNAPSHOTS, print).train(job, come_and_go)
 
     assert resized_to(job) == [1, 2]
-    assert losses == pytest.approx([step.loss for step in told], rel=1e-4)
+    assert losses == pytest.approx([step.loss for step in told], rel=1e-5)
     facts = AdapterCheckpoint.model_validate_json((job.scratch / SUMMARY_FILE).read_bytes())
     assert facts.num_workers == 2
 
