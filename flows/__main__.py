@@ -99,7 +99,10 @@ def run(
 
 @app.command()
 def plan(
-    recipe: Recipe,
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="The recipe, a YAML file; --shape needs none."),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
     workers: Annotated[int | None, typer.Option(help="Plan for so many workers.")] = None,
@@ -114,12 +117,14 @@ def plan(
     """Say what a run would do: what is cached, steps, tokens, memory per device."""
     if gpu_gb is not None and shape is None:
         raise typer.BadParameter("--gpu-gb belongs to --shape.")
+    if recipe is None and shape is None:
+        raise typer.BadParameter("Give a recipe, as in: qlora plan examples/cron/recipe.yaml")
     given = [*(overrides or []), *([f"cluster.workers={workers}"] if workers else [])]
-    config = _load(recipe, given)
     from flows.planning import make_plan, show_plan
-    from flows.shapes import make_shape_plan, show_shape_plan
+    from flows.shapes import bare_config, make_shape_plan, show_shape_plan
     from qlora_core.plan import ShapePlan
 
+    config = _load(recipe, given) if recipe else bare_config(given)
     made = make_plan(config) if shape is None else make_shape_plan(config, shape, gpu_gb)
     if as_json:
         print(made.model_dump_json(indent=1))  # noqa: T201  # for programs: no wrapping, no colour

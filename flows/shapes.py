@@ -1,5 +1,8 @@
 """``qlora plan --shape 70b``: what a model of a published size needs, without downloading it."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from rich.console import Console
 
 from flows.planning import local_device
@@ -8,7 +11,23 @@ from flows.strategies import strategies_table
 from qlora_core.config import RunConfig
 from qlora_core.modeling.shape import published_config, shape_of
 from qlora_core.plan import Device, ShapePlan, plan_shape
+from qlora_core.recipe import parse_config
 from tasks.wiring import resolved_quantization
+
+_BARE = """
+name: shape
+model: {source: not/opened}
+dataset: {source: not/opened, columns: {prompt: prompt, completion: completion}}
+"""
+
+
+def bare_config(overrides: Sequence[str]) -> RunConfig:
+    """Return a recipe that leaves all to its default but what ``overrides`` say (``name=value``).
+
+    Raises:
+        ConfigError: As `load_config` does.
+    """
+    return parse_config(_BARE, "without a recipe", Path.cwd(), overrides)
 
 
 def make_shape_plan(config: RunConfig, size: str, gpu_gb: float | None) -> ShapePlan:

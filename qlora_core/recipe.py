@@ -55,18 +55,27 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: With every problem there is: field path, what was given, what would do.
     """
     path = Path(path)
-    data, lines = parse_yaml(_read(path), str(path))
+    return parse_config(_read(path), str(path), path.resolve().parent, overrides)
+
+
+def parse_config(text: str, name: str, folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Check a recipe's text, as `load_config` does; its relative paths start at ``folder``.
+
+    Raises:
+        ConfigError: See `load_config`; ``name`` is what its text is called there.
+    """
+    data, lines = parse_yaml(text, name)
     overridden = [name for text in overrides for name in _apply_override(data, text)]
 
-    def base_of(name: str) -> Path:
-        typed = any(name == o or name.startswith(f"{o}.") for o in overridden)
-        return Path.cwd() if typed else path.resolve().parent
+    def base_of(field: str) -> Path:
+        typed = any(field == o or field.startswith(f"{o}.") for o in overridden)
+        return Path.cwd() if typed else folder
 
     config, problems = _validated(data)
     problems += _missing_files(data, base_of)
     if config is None or problems:
         located = [_with_line(p, lines) for p in problems]
-        raise ConfigError.of(located, str(path))
+        raise ConfigError.of(located, name)
     return resolve_paths(config, base_of)
 
 

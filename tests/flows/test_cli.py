@@ -80,6 +80,18 @@ def test_a_missing_recipe_exits_with_2(qlora):
     assert "nowhere.yaml" in done.stderr
 
 
+def test_a_shape_is_planned_without_a_recipe_and_nothing_else_is(qlora):
+    done = qlora("plan", "--shape", "8b", "--gpu-gb", "24", "--set", "adapter.rank=64")
+
+    assert done.returncode == 0
+    assert "Llama 3.1 8B: 8.03 B parameters" in done.stdout
+
+    assert "no such field" in qlora("plan", "--shape", "8b", "--set", "adapter.rnk=64").stderr
+    without = qlora("plan")
+    assert without.returncode == 2
+    assert "Give a recipe" in without.stderr
+
+
 def test_an_error_shows_its_traceback_only_when_asked(qlora):
     assert "Traceback" in qlora("--debug", "run", "nowhere.yaml").stderr
     assert "Traceback" not in qlora("run", "nowhere.yaml").stderr
