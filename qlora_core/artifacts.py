@@ -119,6 +119,7 @@ IncidentKind = Literal[
     "not_finite",
     "lost_worker",
     "lost_driver",
+    "no_room",
     "resized",
     "storage",
     "preemption",

@@ -142,7 +142,8 @@ class QuantizationConfig(Config):
     """Quantise the 4-bit scales as well (0.37 bits per parameter less)."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What weights are dequantised to for products. `auto`: bfloat16 where the device multiplies
-    it natively, float16 on an older GPU, float32 on a CPU."""
+    it natively, float16 on an older GPU, float32 on a CPU; on a running cluster bfloat16, or
+    float32 with `cluster.gpus_per_worker: 0`."""
     skip: tuple[str, ...] = ("lm_head",)
     """Modules left in 16 bits."""
     keep_dequantized: KeepDequantized = Field("auto", examples=["off", 2_000_000_000])
@@ -353,7 +354,9 @@ class ClusterConfig(Runtime):
     cpus_per_worker: int | None = Field(None, gt=0)
     """CPU cores a worker owns; none: this machine's cores shared out among the workers."""
     gpus_per_worker: float | None = Field(None, ge=0)
-    """GPUs a worker owns; none: 1 where the cluster has GPUs, else 0."""
+    """GPUs a worker owns; none: 1 on a running cluster, and where this machine has GPUs, else 0."""
+    wait_for_nodes_s: float = Field(300.0, ge=0)
+    """How long to wait for nodes of a running cluster that are not there (yet)."""
     max_failures: int = Field(5, ge=0)
     """How often training restarts from its last snapshot after losing a worker."""
 

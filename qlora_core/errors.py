@@ -15,7 +15,8 @@
     |  '- NotFiniteError          the loss or a gradient is NaN or infinite
     '- LaunchError                workers or servers were lost: worth another try
        |- CollectiveError         a message between workers failed
-       '- KilledError             a process was killed for the memory it took
+       |- KilledError             a process was killed for the memory it took
+       '- NoRoomError             the cluster had no places for workers for a long time
 
 Errors cross process borders (Ray workers, the training driver, Prefect), so each is rebuilt from
 its plain fields by pickle and by `to_json`/`from_json`, and none keeps an exception object inside.
@@ -116,6 +117,10 @@ class CollectiveError(LaunchError):
 
 class KilledError(LaunchError):
     """A process was killed for the memory it took."""
+
+
+class NoRoomError(LaunchError):
+    """The cluster had no places for workers for a long time."""
 
 
 def from_json(fields: dict[str, str]) -> QLoraError:

@@ -48,9 +48,16 @@ def experiment(config: RunConfig) -> str:
 
 
 def cluster(config: RunConfig) -> ClusterConfig:
-    """Return where training runs."""
+    """Return where training runs.
+
+    A running cluster is taken to have GPUs unless the recipe says otherwise. Its nodes may not be
+    there yet, and neither they nor the machine that starts the run may decide what a recipe means.
+    """
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    return config.cluster.model_copy(update={"address": address})
+    gpus = config.cluster.gpus_per_worker
+    if address and gpus is None and config.quantization.compute_dtype != "float32":
+        gpus = 1.0
+    return config.cluster.model_copy(update={"address": address, "gpus_per_worker": gpus})
 
 
 def commit() -> str | None:

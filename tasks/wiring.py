@@ -215,9 +215,14 @@ def resolved_quantization(config: RunConfig) -> QuantizationConfig:
     """Return the quantisation with `auto` replaced, so that keys say what was really done."""
     from qlora_core.modeling import dtypes
 
-    asked = config.quantization.compute_dtype
-    dtype = dtypes.resolve_compute_dtype(asked, dtypes.present_device_type())
-    return config.quantization.model_copy(update={"compute_dtype": dtypes.dtype_name(dtype)})
+    asked, cluster = config.quantization.compute_dtype, places.cluster(config)
+    if cluster.address is None:
+        name = dtypes.compute_dtype_name(asked, dtypes.present_device_type())
+    elif asked == "auto":  # whatever this machine has: keys are the same wherever a run is started
+        name = "bfloat16" if cluster.gpus_per_worker else "float32"
+    else:
+        name = asked
+    return config.quantization.model_copy(update={"compute_dtype": name})
 
 
 def is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:

@@ -25,8 +25,8 @@ import qlora_core
 from qlora_core.backends import process_session
 from qlora_core.backends.ray_resources import WORKER_PROCESS, local_cpus
 from qlora_core.backends.ray_work import Spec, beside, carry_out, fit, outcome, shares
-from qlora_core.backends.ray_worker import RayHome, RaySpec, WorkerOrder
-from qlora_core.errors import LaunchError, QLoraError
+from qlora_core.backends.ray_worker import RayHome, RaySpec, WorkerOrder, unforeseen
+from qlora_core.errors import LaunchError, QLoraError, UserError
 from qlora_core.training.durable import replace_durably
 
 OBJECT_STORE_BYTES = 80_000_000
@@ -38,15 +38,21 @@ def main() -> None:
     home = RayHome.model_validate_json(sys.argv[1])
     jobs = _Jobs(home)
     jobs.start()
-    outcome: dict[str, str] = {}
+    error = _met(home, jobs)
+    if error and home.idle_s is not None and jobs.spec is None:
+        return  # the next driver will meet the same trouble, and has somebody to tell
+    with os.fdopen(int(sys.argv[2]), "w") as pipe:
+        pipe.write(json.dumps(error.to_json() if error else {}))
+
+
+def _met(home: RayHome, jobs: "_Jobs") -> QLoraError | None:
     try:
         _run(home, jobs)
     except QLoraError as error:
-        if home.idle_s is not None and jobs.spec is None:
-            return  # the next driver will meet the same trouble, and has somebody to tell
-        outcome = error.to_json()
-    with os.fdopen(int(sys.argv[2]), "w") as pipe:
-        pipe.write(json.dumps(outcome))
+        return error
+    except Exception as error:
+        return unforeseen(error, "The process that talks to Ray", jobs.log)
+    return None
 
 
 class _Jobs(threading.Thread):
@@ -63,6 +69,11 @@ class _Jobs(threading.Thread):
         self._given = threading.Event()
         self._patience = threading.Timer(home.idle_s or 0.0, self._end)
         self._patience.daemon = True
+
+    @property
+    def log(self) -> Path:
+        """Where this process says what it says."""
+        return self.spec.log if self.spec else self._home.log
 
     def run(self) -> None:
         """Pass the job on when it comes."""
@@ -120,12 +131,12 @@ def _run(home: RayHome, jobs: _Jobs) -> None:
 
 
 def _train_on_our_own(home: RayHome, jobs: _Jobs) -> None:
-    cpus, gpus = shares(home.cluster)
+    cpus, gpus = shares(home.cluster, print)
     order = WorkerOrder(job_file=home.job_file, num_threads=cpus)
     with beside(home.cluster, jobs.wait_for_training, cpus, gpus):
         failure = fit(home.cluster, order, gpus, home.temp / "train")
     if failure is not None:
-        raise outcome(failure, home.cluster, jobs.spec.log if jobs.spec else home.log)
+        raise outcome(failure, home.cluster, jobs.log)
 
 
 def _connect(home: RayHome) -> None:
@@ -148,6 +159,11 @@ def _connect(home: RayHome) -> None:
         }
     try:
         ray.init(**settings)
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(
+            f"Ray at {home.cluster.address} does not let us in: {str(error).strip()}",
+            fix="Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its token.",
+        ) from error
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise LaunchError(
             f"Ray does not answer at {home.cluster.address or 'a local address'}: {error}",

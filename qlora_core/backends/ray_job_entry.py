@@ -10,15 +10,14 @@ Ray's log of the job, which is gone with the cluster.
 import os
 import sys
 import threading
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qlora_core.backends.ray_job_order import JobOrder, last_word
 from qlora_core.backends.ray_work import carry_out
-from qlora_core.backends.ray_worker import RaySpec
-from qlora_core.errors import LaunchError, QLoraError, TrainingError, UserError, storing
+from qlora_core.backends.ray_worker import RaySpec, unforeseen
+from qlora_core.errors import LaunchError, QLoraError, UserError, storing
 from qlora_core.fingerprint import files_below
 from qlora_core.training.durable import reserve, sync
 
@@ -33,6 +32,7 @@ def main() -> None:
         order.leave_answer(error)
     except UserError as unwritable:
         error = unwritable
+    if error:  # in the answer, too; but a network's file system may hide that for a minute
         sys.stdout.write(last_word(error))
     sys.exit(1 if error else 0)
 
@@ -56,12 +56,7 @@ def _carried_out(order: JobOrder) -> QLoraError | None:
     except QLoraError as error:
         return error
     except Exception as error:
-        lines = "".join(traceback.format_exception(error)).strip().splitlines()[-8:]
-        return TrainingError(
-            f"The job's driver failed: {type(error).__name__}: {error}",
-            why="\n".join(lines),
-            fix=f"The whole log: {order.spec.log}",
-        )
+        return unforeseen(error, "The job's driver", order.spec.log)
     return None
 
 

@@ -86,7 +86,7 @@ def order_file(scratch: Path, launch: str) -> Path:
 
 
 def last_word(error: QLoraError) -> str:
-    """Return a line for the job's log, from a job that cannot write to the store."""
+    """Return a line for the job's log, which arrives where no file in the store does."""
     return f"{_LAST_WORD}{json.dumps(error.to_json())}\n"
 
 

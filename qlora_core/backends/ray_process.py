@@ -30,12 +30,15 @@ IDLE_S = 180.0
 and beside a preparation that takes longer than this, starting anew counts for little."""
 _PATIENCE_S = 10.0  # with somebody else's Ray, which is told that we leave; ours keeps nothing
 
+START_S = 30
+"""How long Ray Train waits for a running cluster to have places for workers, each time it asks."""
+
 # Measured with Ray 2.60: what each default costs is in the comment.
 TRAIN_SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # 2 s: a lost worker is noticed later
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # 600 s: a stopped worker blocks that long
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # x 6 controller failures > 65 s to lose a node
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_S),
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # none: a barrier can wait for ever
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10",  # 30 s for each restart after a hang
     "RAY_TRAIN_METRICS_ENABLED": "0",  # Prometheus gauges that nobody reads

@@ -78,7 +78,9 @@ def _too_little(cluster: ClusterConfig, nodes: list[Node], cpus: int, gpus: floa
     places = _places(nodes, cpus, gpus)
     there = ", ".join(f"{n.get('CPU', 0):g} CPU and {n.get('GPU', 0):g} GPU" for n in nodes)
     ways = [f"cluster.workers={places}"] if places else []
-    if gpus or cpus > 1:
+    if gpus and not any(node.get("GPU", 0) for node in nodes):
+        ways.append("cluster.gpus_per_worker=0, if the cluster has no GPUs")
+    elif gpus or cpus > 1:
         ways.append("smaller workers (cluster.cpus_per_worker, cluster.gpus_per_worker)")
     return ResourceError(
         f"cluster.workers={_asked(cluster)} with {cpus} CPU and {gpus:g} GPU each do not fit: "

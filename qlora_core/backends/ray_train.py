@@ -25,9 +25,9 @@ from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import QLoraError, from_json
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.attempt import next_launch
-from qlora_core.training.desk import NOTES_FILE, SUMMARY_FILE
+from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.durable import reserve
-from qlora_core.training.journal import JOURNAL_FILE, StepTail, Tail
+from qlora_core.training.journal import JOURNAL_FILE, NOTES_FILE, StepTail, Tail
 
 _POLL_S = 0.1
 

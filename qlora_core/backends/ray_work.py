@@ -6,7 +6,9 @@ snapshot. Ray's own checkpoint register is rewritten in place, so a full disk ca
 for good.
 """
 
+import math
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,13 +16,18 @@ from uuid import uuid4
 
 from qlora_core.backends.errands import asking_errand, training_errand
 from qlora_core.backends.ray_asker import AskSpec
+from qlora_core.backends.ray_process import START_S
 from qlora_core.backends.ray_resources import places_on, share_out
 from qlora_core.backends.ray_worker import RaySpec, WorkerOrder, train_on_worker
 from qlora_core.config import ClusterConfig
-from qlora_core.errors import KilledError, LaunchError, QLoraError
+from qlora_core.errors import KilledError, LaunchError, NoRoomError, QLoraError, ResourceError
+from qlora_core.training.journal import add_notes
+
+_NOT_STARTED = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
 
 Spec = RaySpec | AskSpec
-_KILLED = ("OutOfMemoryError", "running low on memory")
+_POLL_S = 1.0
+_LEAST_STARTS = 6
 
 
 def carry_out(cluster: ClusterConfig, spec: Spec) -> None:
@@ -33,12 +40,12 @@ def carry_out(cluster: ClusterConfig, spec: Spec) -> None:
     Raises:
         ResourceError: The cluster has not what was asked for.
         ClusterError: Nodes are not ready for it.
-        LaunchError: Workers were lost too often, or nodes do not answer.
+        LaunchError: Workers were lost too often or found no room, or nodes do not answer.
         QLoraError: What a worker met.
     """
     from qlora_core.backends.ray_preflight import require_ready
 
-    cpus, gpus = shares(cluster)
+    cpus, gpus = shares(cluster, lambda note: _tell(spec, note))
     if isinstance(spec, AskSpec):
         from qlora_core.backends.ray_asking import ask_on_cluster
 
@@ -54,15 +61,40 @@ def carry_out(cluster: ClusterConfig, spec: Spec) -> None:
         raise outcome(failure, cluster, spec.log)
 
 
-def shares(cluster: ClusterConfig) -> tuple[int, float]:
+def shares(cluster: ClusterConfig, say: Callable[[str], None]) -> tuple[int, float]:
     """Return (CPUs, GPUs) of each worker on the Ray that this process is connected to.
+
+    After a head was lost, say, its nodes come back one by one: they are waited for.
+
+    Args:
+        cluster: What is asked for, and how long to wait for it.
+        say: Told once what is waited for.
 
     Raises:
         ResourceError: It has not what was asked for.
     """
     import ray
 
-    return share_out(cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    patience_s = cluster.wait_for_nodes_s if cluster.address else 0.0
+    begun_s, is_told = time.monotonic(), False
+    while True:
+        try:
+            return share_out(cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        except ResourceError as error:
+            if time.monotonic() - begun_s >= patience_s:
+                raise
+            if not is_told:
+                say(f"{error.what} {error.why} Waiting {patience_s:g} s for nodes; if none come:")
+                say(error.fix)
+                is_told = True
+        time.sleep(_POLL_S)
+
+
+def _tell(spec: Spec, note: str) -> None:
+    """Tell the person who watches a training; of an evaluation, the log says it."""
+    print(note, flush=True)  # noqa: T201  # into the log
+    if isinstance(spec, RaySpec):
+        add_notes(spec.job.scratch, [note])
 
 
 def beside(
@@ -101,6 +133,8 @@ def fit(cluster: ClusterConfig, order: WorkerOrder, gpus: float, storage: Path) 
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from qlora_core.backends.ray_killed import KillsNoted
+
     cpus = order.num_threads
     trainer = TorchTrainer(
         train_on_worker,
@@ -116,8 +150,10 @@ def fit(cluster: ClusterConfig, order: WorkerOrder, gpus: float, storage: Path) 
             name=uuid4().hex,
             storage_path=str(storage),
             failure_config=FailureConfig(
-                max_failures=cluster.max_failures, controller_failure_limit=6
+                max_failures=cluster.max_failures,
+                controller_failure_limit=_most_starts(cluster),
             ),
+            callbacks=[KillsNoted(order)],
         ),
     )
     try:
@@ -126,6 +162,11 @@ def fit(cluster: ClusterConfig, order: WorkerOrder, gpus: float, storage: Path) 
         failure: Exception = error
         return failure
     return None
+
+
+def _most_starts(cluster: ClusterConfig) -> int:
+    """Return how often in all Ray Train may find no places: it takes 65 s to lose a node."""
+    return max(_LEAST_STARTS, math.ceil(cluster.wait_for_nodes_s / START_S))
 
 
 def _num_workers(cluster: ClusterConfig) -> int | tuple[int, int]:
@@ -141,15 +182,26 @@ def outcome(error: Exception, cluster: ClusterConfig, log: Path) -> QLoraError:
         cluster: How often workers might be lost.
         log: What drivers and workers said.
     """
+    from ray.train import ControllerError
+
+    from qlora_core.backends.ray_killed import is_killed
+
     for failure in getattr(error, "worker_failures", {}).values():
         cause = getattr(failure, "_base_exc", failure)  # Ray wraps it with its traceback
         if isinstance(cause, QLoraError) and not cause.is_transient:
             return cause
     first_line = str(error).strip().partition("\n")[0]
-    if any(text in str(error) for text in _KILLED):
+    if is_killed(error):
         return KilledError(
             f"Ray killed a worker for the memory it took: {first_line[:300]}",
             fix=f"Lower training.micro_batch, or set training.checkpointing=on. The log: {log}",
+        )
+    cause = getattr(error, "controller_failure", None)
+    if isinstance(error, ControllerError) and type(cause).__name__ in _NOT_STARTED:
+        return NoRoomError(
+            f"Workers could not be started: {first_line}",
+            why="Nodes are missing, or others use them.",
+            fix=f"Run again when there is room, to go on from the last snapshot. The log: {log}",
         )
     return LaunchError(
         f"Training was interrupted more than cluster.max_failures={cluster.max_failures} "

@@ -83,17 +83,18 @@ def train_on_worker(plain: dict[str, Any]) -> None:
     spec = order.awaited()
     if spec.error_file.exists():  # the launcher is about to end this run
         raise TrainingError(f"This run has failed already; see {spec.error_file}.")
+    before = _num_attempts(spec)
     try:
         _train(spec, order.num_threads)
     except QLoraError as error:
         if not error.is_transient:
-            _leave(spec, error)
+            _leave(spec, error, before)
         elif isinstance(error, CollectiveError):
             _note(spec, error)
         raise
     except Exception as error:
-        unknown = _unforeseen(error, spec)
-        _leave(spec, unknown)
+        unknown = unforeseen(error, f"Worker {os.environ.get('RANK', '0')}", spec.log)
+        _leave(spec, unknown, before)
         raise unknown from error
 
 
@@ -125,13 +126,31 @@ def is_preemption_watched() -> bool:
 def _is_preempted() -> bool:
     from ray.train import get_preemption_info
 
-    return get_preemption_info() is not None
+    try:
+        return get_preemption_info() is not None
+    except Exception as error:  # Ray's or Ray Train's: all workers have to answer, and one is gone
+        raise CollectiveError(f"workers did not agree on what Ray announces: {error}") from error
 
 
-def _leave(spec: RaySpec, error: QLoraError) -> None:
+def _num_attempts(spec: RaySpec) -> int:
+    from qlora_core.training.attempt import read_record
+
+    return len(read_record(spec.job.scratch).started_after)
+
+
+def _leave(spec: RaySpec, error: QLoraError, before: int) -> None:
+    """Write down what ends the run, unless others go on already.
+
+    Args:
+        spec: Says where.
+        error: That is final.
+        before: Attempts when this worker started; its own is the one after, if it came so far.
+    """
     from qlora_core.fingerprint import canonical_json
     from qlora_core.training.durable import replace_durably, replace_reserved
 
+    if _num_attempts(spec) > before + 1:
+        return  # this worker was cut off, and what it met is its own trouble
     text = canonical_json(error.to_json()).encode()
     try:
         replace_durably(spec.error_file, text)
@@ -153,10 +172,11 @@ def _note(spec: RaySpec, error: CollectiveError) -> None:
         note(spec.job.scratch, incident)
 
 
-def _unforeseen(error: Exception, spec: RaySpec) -> TrainingError:
+def unforeseen(error: Exception, who: str, log: Path) -> TrainingError:
+    """Return an error for what nobody has thought of, with the end of its traceback."""
     last_lines = "".join(traceback.format_exception(error)).strip().splitlines()[-8:]
     return TrainingError(
-        f"Worker {os.environ.get('RANK', '0')} failed: {type(error).__name__}: {error}",
+        f"{who} failed: {type(error).__name__}: {error}",
         why="\n".join(last_lines),
-        fix=f"The whole log: {spec.log}",
+        fix=f"The whole log: {log}",
     )

@@ -146,7 +146,9 @@ def _of_memory(report: NodeReport, wanted: Wanted) -> Iterator[str]:
 def _free_for_worker(report: NodeReport, wanted: Wanted) -> tuple[int | None, str]:
     if wanted.gpus_per_worker:
         sharing = max(1, int(1 / wanted.gpus_per_worker))
-        return min((gpu.free_bytes for gpu in report.gpus), default=0) // sharing, "GPU memory"
+        needed = -(-wanted.num_workers // sharing)  # a worker trains on the first of its GPUs
+        freest_first = sorted((gpu.free_bytes for gpu in report.gpus), reverse=True)
+        return min(freest_first[:needed], default=0) // sharing, "GPU memory"
     if report.free_bytes is None:
         return None, ""
     return report.free_bytes // wanted.num_workers, "memory"

@@ -5,8 +5,9 @@ failed collective) does not come here; the workers note it when they start again
 a person can mend go straight through.
 
 Bounds: a loss that is not finite is tried once more after the same step, and three times in all; a
-store that cannot be written gets as many tries as there are pauses; drivers may be lost
-``max_failures`` times; passes are halved until they have one row (the workers say when).
+store that cannot be written gets as many tries as there are pauses; a cluster without room is asked
+three times more after each step that it got to; drivers may be lost ``max_failures`` times; passes
+are halved until they have one row (the workers say when).
 """
 
 from contextlib import suppress
@@ -14,12 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qlora_core.artifacts import Incident
-from qlora_core.errors import KilledError, LaunchError, NotFiniteError, QLoraError, StoreError
+from qlora_core.errors import (
+    KilledError,
+    LaunchError,
+    NoRoomError,
+    NotFiniteError,
+    QLoraError,
+    StoreError,
+)
 from qlora_core.training.incidents import count, note
 
 PAUSES_S = (5.0, 20.0, 60.0)
 """Before each further try to write to a store that is full, say [seconds]."""
 _MOST_NOT_FINITE = 3
+_MOST_WITHOUT_ROOM = 3
+_ROOM_PAUSE_S = 30.0  # a driver has waited for minutes already
 
 
 class LostDriverError(LaunchError):
@@ -63,6 +73,8 @@ class Triage:
                 return self._smaller(error), 0.0
             case LostDriverError():
                 return self._again(error), 0.0
+            case NoRoomError():
+                return self._wait(error, step), _ROOM_PAUSE_S
             case _:
                 raise error
 
@@ -92,6 +104,12 @@ class Triage:
         self._lose(error)
         remedy = "Starting again from the last snapshot."
         return Incident(kind="lost_driver", what="Ray's driver process was lost.", remedy=remedy)
+
+    def _wait(self, error: NoRoomError, step: int | None) -> Incident:
+        if count(self.scratch, "no_room", step) >= _MOST_WITHOUT_ROOM:
+            raise error
+        remedy = f"Asking again in {_ROOM_PAUSE_S:g} s, from the last snapshot."
+        return Incident(kind="no_room", what=error.what, remedy=remedy)
 
     def _lose(self, error: LaunchError) -> None:
         self._num_lost += 1

@@ -5,22 +5,19 @@ from dataclasses import dataclass, field
 
 from qlora_core.artifacts import AdapterCheckpoint, Frozen, Incident
 from qlora_core.config import SnapshotConfig
-from qlora_core.errors import storing
 from qlora_core.fingerprint import fingerprint
 from qlora_core.modeling.lora import save_adapter
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.attempt import Attempt, AttemptRecord, claim, read_record
 from qlora_core.training.durable import replace_durably
 from qlora_core.training.incidents import history, note
-from qlora_core.training.journal import JOURNAL_FILE, Journal, write_curve
+from qlora_core.training.journal import JOURNAL_FILE, NOTES_FILE, Journal, add_notes, write_curve
 from qlora_core.training.loop import Position, Run, keep_best
 from qlora_core.training.optimizer import state_of
 from qlora_core.training.snapshot import SnapshotWriter, TrainingState
 
 SUMMARY_FILE = "summary.json"
 """The facts of a finished training, in the scratch folder."""
-NOTES_FILE = "notes.txt"
-"""What a person should know, one line each, in the scratch folder; it grows on the way."""
 _PREEMPTION = Incident(
     kind="preemption",
     what="A node will be taken away.",
@@ -81,9 +78,7 @@ class Desk:
 
     def tell(self, on_step: Callable[[StepMetrics], None]) -> None:
         """Write new notes down and hand the steps not yet told to ``on_step``."""
-        path = self.job.scratch / NOTES_FILE
-        with storing(path), path.open("a", encoding="utf-8") as file:
-            file.writelines(f"{note}\n" for note in self.notes[self._num_notes_written :])
+        add_notes(self.job.scratch, self.notes[self._num_notes_written :])
         self._num_notes_written = len(self.notes)
         fresh = self.journal.steps[self._num_steps_told :]
         self._num_steps_told = len(self.journal.steps)

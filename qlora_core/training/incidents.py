@@ -12,6 +12,7 @@ collective      a message between workers fails        new workers, last snapsho
 lost_worker     a worker is gone without a word        new workers, last snapshot
 resized         the cluster has more or fewer places   other workers, last snapshot
 lost_driver     the driver process is gone             a new driver, last snapshot
+no_room         the cluster has no places for workers  wait, last snapshot; a few times after a step
 not_finite      loss or gradient NaN or infinite       last snapshot, once for a step; then the end
 storage         the store cannot be written            wait, last snapshot; a few times
 preemption      Ray says a node will be taken away     a snapshot at once

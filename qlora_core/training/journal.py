@@ -19,8 +19,21 @@ from qlora_core.training.durable import replace_durably
 
 JOURNAL_FILE = "journal.jsonl"
 CURVE_FILE = "curve.jsonl"
+NOTES_FILE = "notes.txt"
+"""What a person should know, one line each, in the scratch folder; it grows on the way."""
 VALIDATIONS_FILE = "validations.jsonl"
 """In the scratch folder: one `Validation` a line."""
+
+
+def add_notes(scratch: Path, notes: Iterable[str]) -> None:
+    """Tell the person who watches.
+
+    Raises:
+        StoreError: There is no room, say.
+    """
+    path = scratch / NOTES_FILE
+    with storing(path), path.open("a", encoding="utf-8") as file:
+        file.writelines(f"{note}\n" for note in notes)
 
 
 class CurvePoint(Frozen):

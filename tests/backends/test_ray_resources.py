@@ -48,6 +48,13 @@ def test_too_little_is_said_before_anything_waits(cluster, nodes, room):
     assert f"room for {room}." in caught.value.what
 
 
+def test_a_cluster_without_gpus_is_told_how_to_do_without():
+    with pytest.raises(ResourceError) as caught:
+        share_out(ClusterConfig(workers=1, gpus_per_worker=1), TWO_SMALL)
+
+    assert caught.value.fix == "Try cluster.gpus_per_worker=0, if the cluster has no GPUs."
+
+
 @pytest.mark.parametrize(("cores", "most"), [(1, 2), (2, 2), (8, 8)])
 def test_this_machine_holds_a_worker_for_each_core_or_two(cores, most, monkeypatch):
     monkeypatch.setattr(ray_resources, "own_cores", lambda: cores)

@@ -97,9 +97,11 @@ def test_each_problem_is_told_with_what_was_found(broken, words):
         {"free_bytes": 6_000_000_000},
         {"wanted": {"num_workers": 0, "need_bytes": 10**15}},
         {"wanted": {"need_bytes": None}},
+        {"wanted": GPU_WANTED | {"num_workers": 1, "num_gpus": 2, "need_bytes": 70_000_000_000},
+         "gpus": (H100.model_copy(update={"free_bytes": 0}), H100)},
         {"wanted": GPU_WANTED | {"compute_dtype": "float16"}, "gpus": (T4,)},
     ],
-)
+)  # fmt: skip
 def test_what_does_not_matter_is_no_problem(fine):
     assert readiness_error([node(**fine)], "head:6379") is None
 

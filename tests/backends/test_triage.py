@@ -9,6 +9,7 @@ from qlora_core.errors import (
     DataError,
     KilledError,
     ModelError,
+    NoRoomError,
     NotFiniteError,
     ResourceError,
     StoreError,
@@ -83,3 +84,15 @@ def test_lost_processes_are_replaced_as_often_as_failures_are_allowed(error, tmp
 
     assert len(set(kinds(tmp_path))) == 1
     assert len(kinds(tmp_path)) == 2
+
+
+def test_a_cluster_without_room_is_asked_a_few_times_more_after_each_step_it_got_to(tmp_path):
+    triage, error = Triage(tmp_path, max_failures=0), NoRoomError("no places")
+
+    pauses = [triage.remedy(error, 5, "0001")[1] for _ in range(3)]
+    with pytest.raises(NoRoomError):
+        triage.remedy(error, 5, "0001")
+    triage.remedy(error, 60, "0002")
+
+    assert all(pauses)
+    assert kinds(tmp_path) == ["no_room"] * 4

@@ -69,7 +69,8 @@ def on_nodes(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Se
         node = cluster.add_node()
         cluster.wait_for(2)
         workers = "--set=cluster.workers={min: 1, max: 2}"
-        process = desk.start(*RUN, "--cluster", cluster.address, workers)
+        cpus_alone = "--set=cluster.gpus_per_worker=0"
+        process = desk.start(*RUN, "--cluster", cluster.address, workers, cpus_alone)
         try:
             while not any(desk.snapshots()):
                 assert process.poll() is None, process.communicate()

@@ -41,6 +41,7 @@ def recipe_at(head: Head, model: Path, folder: Path) -> RunConfig:
         snapshots__every_steps=20,
         cluster__address=head.address,
         cluster__cpus_per_worker=1,
+        cluster__gpus_per_worker=0,
     )
 
 

@@ -161,6 +161,29 @@ def test_the_recipes_words_go_before_the_environments(config, monkeypatch, tmp_p
     assert places.cluster(said).address == "mine:6379"
 
 
+@pytest.mark.parametrize(
+    ("gpus", "asked", "found", "dtype"),
+    [
+        (None, "auto", 1.0, "bfloat16"),
+        (0.5, "auto", 0.5, "bfloat16"),
+        (0, "auto", 0, "float32"),
+        (None, "float16", 1.0, "float16"),
+        (None, "float32", None, "float32"),
+    ],
+)
+@pytest.mark.parametrize("has_gpu_here", [False, True])
+def test_on_a_cluster_no_recipe_means_another_thing_by_where_it_is_started(
+    gpus, asked, found, dtype, has_gpu_here, config, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu_here)
+    cluster = config.cluster.model_copy(update={"address": "head:6379", "gpus_per_worker": gpus})
+    quantization = config.quantization.model_copy(update={"compute_dtype": asked})
+    there = config.model_copy(update={"cluster": cluster, "quantization": quantization})
+
+    assert places.cluster(there).gpus_per_worker == found
+    assert resolved_quantization(there).compute_dtype == dtype
+
+
 def test_without_any_word_mlflow_is_sqlite_in_the_store(config, monkeypatch, tmp_path):
     monkeypatch.setenv("QLORAFLOW_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -221,15 +244,15 @@ def test_what_cannot_be_a_jobs_endpoint_is_told_before_any_work(config):
         make_plan(wrong)
 
 
-def test_a_cluster_with_several_workers_evaluates_too_unless_the_run_trains_here(config):
+def test_a_running_cluster_evaluates_too_unless_the_run_trains_here(config):
     def crew(launcher=None, **cluster):
         changed = config.model_copy(update={"cluster": ClusterConfig(**cluster)})
         with surrounded_by(Surroundings(RecordingProgress(), launcher)):
             return open_workspace(changed, MemoryTracker(), {}, Kept()).services.crew
 
-    shared = {"address": "10.0.0.1:6379", "workers": 4}
+    shared = {"address": "10.0.0.1:6379", "workers": 4, "gpus_per_worker": 1}
 
     assert crew(**shared).cluster == ClusterConfig(**shared)
-    assert crew(address="10.0.0.1:6379") is None
+    assert crew(address="10.0.0.1:6379") is not None
     assert crew(workers=1) is None
     assert crew(InProcessLauncher(SnapshotConfig()), **shared) is None

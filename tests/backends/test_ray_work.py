@@ -1,0 +1,115 @@
+"""What drivers and workers make of what Ray says, told by plain stand-ins for its answers."""
+
+import json
+
+import pytest
+import ray
+import ray.train
+from ray.train import ControllerError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+from qlora_core.backends import ray_work
+from qlora_core.backends.ray_killed import KillsNoted
+from qlora_core.backends.ray_work import outcome, shares
+from qlora_core.backends.ray_worker import RaySpec, WorkerOrder, _is_preempted, _leave
+from qlora_core.config import ClusterConfig, SnapshotConfig
+from qlora_core.errors import (
+    CollectiveError,
+    LaunchError,
+    NoRoomError,
+    ResourceError,
+    TrainingError,
+    from_json,
+)
+from qlora_core.training.attempt import claim, next_launch
+from qlora_core.training.incidents import count, history
+
+NODE = {"Alive": True, "Resources": {"CPU": 2.0}}
+
+
+@pytest.fixture
+def spec(make_job) -> RaySpec:
+    job = make_job()
+    launch = next_launch(job.scratch)
+    return RaySpec(job=job, snapshots=SnapshotConfig(), launch=launch, log=job.scratch / "log")
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """Nodes that come one after the other, as often as they are looked for."""
+
+    def come(*seen):
+        looks = iter([*seen, *[seen[-1]] * 1000])
+        monkeypatch.setattr(ray, "nodes", lambda: next(looks))
+        monkeypatch.setattr(ray_work, "_POLL_S", 0.01)
+
+    return come
+
+
+def test_nodes_that_come_back_one_by_one_are_waited_for_and_it_is_said_once(nodes):
+    nodes([], [], [NODE], [NODE, NODE | {"Alive": False}], [NODE, NODE])
+    cluster, said = ClusterConfig(address="head:6379", workers=2, cpus_per_worker=2), []
+
+    assert shares(cluster, said.append) == (2, 0.0)
+
+    assert "there is room for 0" in said[0]
+    assert "Waiting 300 s" in said[0]
+    assert said[1:] == ["Try smaller workers (cluster.cpus_per_worker, cluster.gpus_per_worker)."]
+
+
+@pytest.mark.parametrize("address", [None, "head:6379"])
+def test_nodes_that_do_not_come_are_an_error_for_a_person(address, nodes):
+    nodes([NODE])
+    cluster = ClusterConfig(address=address, workers=3, cpus_per_worker=1, wait_for_nodes_s=0.05)
+    said = []
+
+    with pytest.raises(ResourceError, match="there is room for 2"):
+        shares(cluster, said.append)
+
+    assert bool(said) == (address is not None), "on a Ray of our own nothing comes"
+
+
+def test_a_cluster_without_room_is_told_from_workers_that_were_lost(tmp_path):
+    cluster, log = ClusterConfig(address="head:6379"), tmp_path / "log"
+    busy = ControllerError(WorkerGroupStartupTimeoutError(2))
+    broken = ControllerError(ValueError("no such folder"))
+
+    assert isinstance(outcome(busy, cluster, log), NoRoomError)
+    assert type(outcome(broken, cluster, log)) is LaunchError
+
+
+def test_a_worker_that_ray_killed_for_its_memory_makes_the_next_ones_passes_smaller(spec):
+    noted = KillsNoted(WorkerOrder(spec=spec))
+    killed = ray.exceptions.OutOfMemoryError("killed: the node was running low on memory")
+
+    noted.after_exception(None, {0: ValueError("an error"), 1: RuntimeError("lost")})
+    assert history(spec.job.scratch) == ()
+
+    noted.after_exception(None, {0: RuntimeError("lost"), 1: killed})
+    assert count(spec.job.scratch, "out_of_memory") == 1
+    assert "worker 1" in history(spec.job.scratch)[0].what
+
+
+def test_a_peer_that_is_lost_while_all_are_asked_about_a_preemption_is_no_error_for_good(
+    monkeypatch,
+):
+    def lost():
+        raise ray.exceptions.RayActorError
+
+    monkeypatch.setattr(ray.train, "get_preemption_info", lost, raising=False)
+
+    with pytest.raises(CollectiveError):
+        _is_preempted()
+
+
+def test_what_a_worker_met_that_was_cut_off_does_not_end_its_successors(spec):
+    error, scratch = TrainingError("The loss is gone."), spec.job.scratch
+    claim(scratch, spec.launch, step=0)  # by this worker's own attempt
+
+    _leave(spec, error, before=0)
+    assert str(from_json(json.loads(spec.error_file.read_text()))) == str(error)
+    spec.error_file.unlink()
+
+    claim(scratch, spec.launch, step=5)  # by those that came after it was cut off
+    _leave(spec, error, before=0)
+    assert not spec.error_file.exists()
