@@ -111,12 +111,10 @@ def plan(
         typer.Option(help="Plan the memory of a Llama 3.1 of this size; nothing is downloaded."),
     ] = None,
     gpu_gb: Annotated[
-        float | None, typer.Option(help="With --shape: each worker has a GPU of so many GB.")
+        float | None, typer.Option(help="Each worker has a GPU of so many GB; none: what is here.")
     ] = None,
 ) -> None:
     """Say what a run would do: what is cached, steps, tokens, memory per device."""
-    if gpu_gb is not None and shape is None:
-        raise typer.BadParameter("--gpu-gb belongs to --shape.")
     if recipe is None and shape is None:
         raise typer.BadParameter("Give a recipe, as in: qlora plan examples/cron/recipe.yaml")
     given = [*(overrides or []), *([f"cluster.workers={workers}"] if workers else [])]
@@ -125,7 +123,7 @@ def plan(
     from qlora_core.plan import ShapePlan
 
     config = _load(recipe, given) if recipe else bare_config(given)
-    made = make_plan(config) if shape is None else make_shape_plan(config, shape, gpu_gb)
+    made = make_shape_plan(config, shape, gpu_gb) if shape else make_plan(config, gpu_gb)
     if as_json:
         print(made.model_dump_json(indent=1))  # noqa: T201  # for programs: no wrapping, no colour
     elif isinstance(made, ShapePlan):

@@ -20,8 +20,9 @@ from flows.strategies import strategies_table
 from qlora_core.artifacts import Artifact, Facts, PreparedDataset
 from qlora_core.backends.memory import SilentProgress
 from qlora_core.backends.ray_resources import cores_of_worker
-from qlora_core.config import QuantizationConfig, RunConfig
+from qlora_core.config import RunConfig
 from qlora_core.data.prepared import read_split
+from qlora_core.modeling.dtypes import compute_dtype_name, present_device_type
 from qlora_core.modeling.loading import load_config
 from qlora_core.modeling.shape import shape_of
 from qlora_core.plan import Device, Plan, RawSize, Role, plan_run
@@ -37,6 +38,10 @@ F = TypeVar("F", bound=Facts)
 
 _COUNTED_BYTES = 256 << 20
 _ONE_ROW_A_LINE = (".jsonl", ".ndjson", ".csv")
+_ELSEWHERE = (
+    "Memory is counted on this machine, and training runs on a cluster: with --gpu-gb it is counted "
+    "on GPUs of so many GB."
+)
 _COLORS = {"cached": "cyan", "to run": "green", "unknown": "yellow"}
 
 
@@ -64,8 +69,12 @@ class _Lookup(Workspace):
         return found
 
 
-def make_plan(config: RunConfig) -> Plan:
-    """Return what running this recipe here would do.
+def make_plan(config: RunConfig, gpu_gb: float | None = None) -> Plan:
+    """Return what running this recipe would do.
+
+    Args:
+        config: The recipe.
+        gpu_gb: Memory of each worker's GPU [GB]; none: of what this machine has.
 
     Raises:
         UserError: The recipe points at something that is not there, or not a causal model; or its
@@ -78,16 +87,18 @@ def make_plan(config: RunConfig) -> Plan:
     known = _look_up(lookup)
     data = known.get("data")
     model_config = load_config(config.model, lookup.sources.model)
-    return plan_run(
+    made = plan_run(
         config,
         shape=shape_of(model_config, lookup.quantization, config.adapter),
-        device=_device(lookup),
+        device=device_of(config, gpu_gb),
         is_cached=lambda role: _is_cached(known, role),
         prepared=data.facts if data and isinstance(data.facts, PreparedDataset) else None,
         rows=read_split(data.path, "train") if data else None,
         num_cores=_cores(config),
         raw=_raw_size(lookup.sources.dataset.path),
     )
+    is_elsewhere = gpu_gb is None and places.cluster(config).address is not None
+    return made.model_copy(update={"notes": (*made.notes, *([_ELSEWHERE] * is_elsewhere))})
 
 
 def show_plan(console: Console, plan: Plan) -> None:
@@ -136,18 +147,14 @@ def _cores(config: RunConfig) -> int:
     return cores_of_worker(cluster) if cluster.address is None else cluster.cpus_per_worker or 1
 
 
-def _device(ws: _Lookup) -> Device:
-    return local_device(ws.quantization)
-
-
-def local_device(quantization: QuantizationConfig) -> Device:
-    """Return what a worker on this machine trains on.
-
-    Args:
-        quantization: Its compute dtype is resolved.
-    """
-    dtype = quantization.compute_dtype
-    assert dtype != "auto", "the workspace resolved it"  # noqa: S101
+def device_of(config: RunConfig, gpu_gb: float | None) -> Device:
+    """Return what a worker trains on: a GPU of so many GB, or what this machine has."""
+    asked = config.quantization.compute_dtype
+    if gpu_gb is not None:
+        dtype = compute_dtype_name(asked, "cuda")
+        memory = int(gpu_gb * 1e9)
+        return Device(kind="cuda", name="a GPU", memory_bytes=memory, compute_dtype=dtype)
+    dtype = compute_dtype_name(asked, present_device_type())
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
         name = torch.cuda.get_device_name()

@@ -5,14 +5,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flows.planning import local_device
+from flows.planning import device_of
 from flows.quantities import count
 from flows.strategies import strategies_table
 from qlora_core.config import RunConfig
 from qlora_core.modeling.shape import published_config, shape_of
-from qlora_core.plan import Device, ShapePlan, plan_shape
+from qlora_core.plan import ShapePlan, plan_shape
 from qlora_core.recipe import parse_config
-from tasks.wiring import resolved_quantization
 
 _BARE = """
 name: shape
@@ -39,14 +38,7 @@ def make_shape_plan(config: RunConfig, size: str, gpu_gb: float | None) -> Shape
         gpu_gb: Memory of each worker's GPU [GB]; none: what this machine has.
     """
     shape = shape_of(published_config(size), config.quantization, config.adapter)
-    device = local_device(resolved_quantization(config))
-    if gpu_gb is not None:
-        device = Device(
-            kind="cuda",
-            name="a GPU",
-            memory_bytes=int(gpu_gb * 1e9),
-            compute_dtype="bfloat16",
-        )
+    device = device_of(config, gpu_gb)
     return plan_shape(config, model=f"Llama 3.1 {size.upper()}", shape=shape, device=device)
 
 

@@ -92,7 +92,7 @@ PAIRS = [{"prompt": f"day {n}", "completion": f"noon {n}"} for n in range(9)]
 
 @pytest.fixture
 def planned(tmp_path, tiny_llama):
-    def make(rows=PAIRS, ending="jsonl", model=tiny_llama, **dataset):
+    def make(rows=PAIRS, ending="jsonl", model=tiny_llama, cluster=None, gpu_gb=None, **dataset):
         path = tmp_path / f"rows.{ending}"
         if ending == "parquet":
             pq.write_table(pa.Table.from_pylist(rows), path)
@@ -106,12 +106,26 @@ def planned(tmp_path, tiny_llama):
                     "name": "r",
                     "model": {"source": str(model)},
                     "dataset": {"source": str(path), "max_length": 128} | dataset,
+                    "cluster": cluster or {},
                     "workspace": {"store": str(tmp_path / "store")},
                 }
-            )
+            ),
+            gpu_gb,
         )
 
     return make
+
+
+def test_a_clusters_memory_is_counted_on_gpus_of_the_size_that_is_told(planned):
+    cluster = {"address": "head:6379", "workers": 4}
+
+    here, there = planned(cluster=cluster), planned(cluster=cluster, gpu_gb=24)
+
+    assert "with --gpu-gb it is counted on GPUs" in here.notes[-1]
+    assert not any("--gpu-gb" in note for note in there.notes)
+    assert (there.device.kind, there.device.memory_bytes) == ("cuda", 24_000_000_000)
+    assert there.device.compute_dtype == "bfloat16"
+    assert not any("--gpu-gb" in note for note in planned().notes)
 
 
 @pytest.mark.parametrize("ending", ["json", "parquet"])
