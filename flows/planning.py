@@ -39,8 +39,8 @@ F = TypeVar("F", bound=Facts)
 _COUNTED_BYTES = 256 << 20
 _ONE_ROW_A_LINE = (".jsonl", ".ndjson", ".csv")
 _ELSEWHERE = (
-    "Memory is counted on this machine, and training runs on a cluster: with --gpu-gb it is counted "
-    "on GPUs of so many GB."
+    "Memory is counted on this machine, but training runs on a cluster: with --gpu-gb it is "
+    "counted on GPUs of so many GB."
 )
 _COLORS = {"cached": "cyan", "to run": "green", "unknown": "yellow"}
 

@@ -44,6 +44,10 @@ def _long(place: Place) -> object:
     return place.undisturbed(2, nodes.LONG)
 
 
+def _long_alone(place: Place) -> object:
+    return place.undisturbed(1, nodes.LONG)
+
+
 FAULTS = (
     Fault(
         "kill-worker",
@@ -149,6 +153,13 @@ FAULTS = (
         5,
         network.cut_for_good,
         _two_workers,
+    ),
+    Fault(
+        "wake-stale",
+        "the only worker cut off for good; it goes on when another has taken over",
+        5,
+        network.wake_when_replaced,
+        _long_alone,
     ),
     Fault(
         "damage-ray-snapshot",

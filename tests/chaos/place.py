@@ -88,6 +88,7 @@ class Place:
         for made in (folder / "out", scratch):
             made.mkdir(parents=True, exist_ok=True)
         settings = SMALL | {"epochs": 1e6, "max_steps": num_steps, "heldout_every": None}
+        settings |= {"learning_rate": 3e-5}  # long curves can be compared; see test_ray_elastic
         return TrainJob(
             base=self.base,
             data=self.data,
