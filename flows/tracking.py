@@ -16,7 +16,7 @@ from qlora_core.artifacts import Artifact, Metric, PreparedDataset
 from qlora_core.backends.mlflow_tracking import MlflowTracker, flatten
 from qlora_core.config import RunConfig
 from qlora_core.ports import Tracker
-from qlora_core.stages.train import tracked_point
+from qlora_core.stages.train import incident_tags, tracked_point
 from qlora_core.training.journal import CurvePoint, read_curve
 from tasks import places
 
@@ -60,8 +60,7 @@ def log_result(tracker: Tracker, record: RunRecord, result: RunResult, folder: P
     for step in curve:
         tracker.log_metrics(tracked_point(step), step.step)
     tracker.set_tags({f"key.{role}": ref.key for role, ref in record.artifacts.items()})
-    if incidents := result.adapter.facts.incidents:
-        tracker.set_tags({"qloraflow.incidents": "\n".join(i.sentence() for i in incidents)})
+    tracker.set_tags(incident_tags(result.adapter.facts.incidents))
     (folder / "report.md").write_text(page(result), "utf-8")
     tracker.log_file(folder / "report.md")
     for picture in _draw(result, curve, folder / "plots"):

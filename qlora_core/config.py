@@ -379,7 +379,7 @@ class SnapshotConfig(Runtime):
     every_s: float = Field(60.0, gt=0)
     """Save when this many seconds have passed since the last snapshot."""
     keep: int = Field(2, gt=0)
-    """Keep the newest so many snapshots (the best one too, with early stopping)."""
+    """Keep the newest so many snapshots; each has the adapter of the best held-out loss so far."""
     validate_beside: bool = False
     """Measure each snapshot's held-out loss beside training, on a worker more, without stopping it;
     tracked as `heldout/snapshot_loss`."""

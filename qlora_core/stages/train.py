@@ -1,11 +1,18 @@
 """Train a LoRA adapter on the frozen, quantised base."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from qlora_core.artifacts import AdapterCheckpoint, Artifact, PreparedDataset, QuantizedBase
+from qlora_core.artifacts import (
+    AdapterCheckpoint,
+    Artifact,
+    Incident,
+    PreparedDataset,
+    QuantizedBase,
+)
 from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
 from qlora_core.ports import Context, StepMetrics, TrainJob, stage
 from qlora_core.training.desk import SUMMARY_FILE
+from qlora_core.training.incidents import history
 from qlora_core.training.journal import VALIDATIONS_FILE, CurvePoint, Tail, Validation
 
 
@@ -43,7 +50,10 @@ def train_adapter(
         base_name=base.facts.source,
     )
     validations = Tail(ctx.scratch / VALIDATIONS_FILE)
-    ctx.launcher.train(job, _listener(ctx, validations))
+    try:
+        ctx.launcher.train(job, _listener(ctx, validations))
+    finally:  # of a training that they ended, too
+        ctx.tracker.set_tags(incident_tags(history(ctx.scratch)))
     _pass_on(ctx, validations)
     summary = (ctx.scratch / SUMMARY_FILE).read_text("utf-8")
     return AdapterCheckpoint.model_validate_json(summary)
@@ -67,6 +77,12 @@ def _pass_on(ctx: Context, validations: Tail) -> None:
             ctx.tracker.log_metrics({"heldout/snapshot_loss": found.heldout_loss}, found.step)
         if found.note:
             ctx.progress.say("train_adapter", found.note)
+
+
+def incident_tags(incidents: Iterable[Incident]) -> dict[str, str]:
+    """Return the tag under which trackers know what went wrong on the way; none if nothing did."""
+    told = "\n".join(incident.sentence() for incident in incidents)
+    return {"qloraflow.incidents": told} if told else {}
 
 
 def tracked_metrics(metrics: StepMetrics) -> dict[str, float]:

@@ -62,7 +62,7 @@ class Position:
     best_loss: float = math.inf
     best_step: int = 0
     best_adapter: dict[str, Tensor] | None = None
-    """Copy of the parameters at the best held-out loss; kept with early stopping only."""
+    """Copy of the parameters at the best held-out loss; none if it is measured at the end alone."""
     num_measured_since_best: int = 0
     stopped_early: bool = False
 
@@ -151,8 +151,8 @@ def _heldout_loss(run: Run, chunk: Indices) -> Tensor:
 
 
 def keep_best(run: Run, position: Position) -> int:
-    """Put the best adapter back, if one was kept; return the step it is from."""
-    if position.best_adapter is None:
+    """With early stopping, put the best adapter back; return the step of the adapter there is."""
+    if position.best_adapter is None or run.config.early_stopping is None:
         return position.step
     with torch.no_grad():
         for name, parameter in run.parameters.items():
@@ -282,20 +282,21 @@ def _advance(run: Run, position: Position, metrics: StepMetrics) -> None:
     position.step = metrics.step
     position.num_tokens += metrics.num_tokens
     position.num_supervised_tokens += metrics.num_supervised_tokens
-    if metrics.heldout_loss is not None and run.config.early_stopping is not None:
-        _judge(run, position, metrics.heldout_loss, run.config.early_stopping)
+    if metrics.heldout_loss is not None and run.config.heldout_every is not None:
+        _judge(run, position, metrics.heldout_loss)
 
 
-def _judge(run: Run, position: Position, heldout: float, patience: int) -> None:
-    """Keep the adapter if it is the best so far; stop after ``patience`` measurements without."""
+def _judge(run: Run, position: Position, heldout: float) -> None:
+    """Keep the adapter if it is the best so far; stop when there was none for too long."""
     if heldout < position.best_loss:
         position.best_loss, position.best_step = heldout, position.step
         position.best_adapter = {n: p.detach().clone() for n, p in run.parameters.items()}
         position.num_measured_since_best = 0
         return
     position.num_measured_since_best += 1
-    is_last = position.step == run.plan.num_steps
-    position.stopped_early = position.num_measured_since_best >= patience and not is_last
+    is_last, patience = position.step == run.plan.num_steps, run.config.early_stopping
+    is_over = patience is not None and position.num_measured_since_best >= patience
+    position.stopped_early = is_over and not is_last
 
 
 def _shares(run: Run, rows: Indices, source: Rows) -> list[list[Indices]]:

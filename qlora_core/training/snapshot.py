@@ -5,7 +5,7 @@
     <scratch>/snapshots/step_00000010-0001.1/     step, and the attempt that wrote it
         adapter.safetensors     the trained parameters, float32
         optimizer.safetensors   AdamW's moments, exactly
-        best.safetensors        the best adapter so far, with early stopping
+        best.safetensors        the best adapter so far, if held-out losses are measured on the way
         journal.jsonl           the steps so far
         state.json              position, and what of the optimizer is not a tensor
         MANIFEST.json           written last: size and SHA-256 of each file, attempt, job

@@ -4,15 +4,23 @@ from dataclasses import replace
 import pytest
 from peft import PeftModel
 
-from qlora_core.artifacts import Artifact, PreparedDataset, QuantizedBase, SplitFacts
+from qlora_core.artifacts import (
+    Artifact,
+    Incident,
+    PreparedDataset,
+    QuantizedBase,
+    SplitFacts,
+)
 from qlora_core.backends.in_process import InProcessLauncher
 from qlora_core.backends.memory import MemoryRegistry, MemoryTracker, RecordingProgress
 from qlora_core.config import AdapterConfig, QuantizationConfig, SnapshotConfig, TrainingConfig
+from qlora_core.errors import LaunchError
 from qlora_core.fingerprint import file_digest, files_below
 from qlora_core.modeling.loading import load_base
 from qlora_core.ports import Services
 from qlora_core.stages.train import train_adapter
 from qlora_core.store import Store
+from qlora_core.training.incidents import note
 from qlora_core.training.journal import VALIDATIONS_FILE, Validation, read_curve
 from tests.training.conftest import SMALL
 
@@ -123,6 +131,19 @@ def test_what_is_measured_beside_training_is_tracked_once_and_said(base, data, t
 
     assert used.tracker.metrics["heldout/snapshot_loss"] == {2: 1.5, 6: 1.25}
     assert ("train_adapter", "Snapshot 4 is damaged.") in used.progress.said
+
+
+def test_what_went_wrong_is_tracked_of_a_training_that_failed(base, data, tmp_path):
+    class Lost(InProcessLauncher):
+        def train(self, job, on_step) -> None:
+            note(job.scratch, Incident(kind="lost_driver", what="It is gone.", remedy="Again."))
+            raise LaunchError("lost too often")
+
+    used = replace(services(), launcher=Lost(SnapshotConfig()))
+    with pytest.raises(LaunchError):
+        produce(tmp_path, base, data, used)
+
+    assert used.tracker.tags == {"qloraflow.incidents": "Lost driver: It is gone. Again."}
 
 
 def test_peft_reads_the_adapter(base, data, tmp_path):

@@ -377,6 +377,24 @@ def test_early_stopping_keeps_the_best_adapter(float_base, dataset):
         assert torch.equal(parameter, weights[best][name])
 
 
+def test_without_early_stopping_the_best_adapter_is_remembered_and_the_last_one_kept(
+    float_base, dataset
+):
+    run = make_run(float_base, dataset, epochs=40, learning_rate=0.3, heldout_every=1)
+    position, seen, weights = Position(), [], []
+
+    for metrics in train(run, position):
+        seen.append(metrics.heldout_loss)
+        weights.append({name: p.detach().clone() for name, p in run.parameters.items()})
+
+    best = min(range(len(seen)), key=seen.__getitem__)
+    assert len(seen) == run.plan.num_steps > best + 1
+    assert keep_best(run, position) == run.plan.num_steps
+    for name, parameter in run.parameters.items():
+        assert torch.equal(position.best_adapter[name], weights[best][name])
+        assert torch.equal(parameter, weights[-1][name])
+
+
 def test_without_early_stopping_the_last_adapter_is_kept(float_base, dataset):
     run = make_run(float_base, dataset)
     position = Position()
