@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,14 +36,16 @@ class Head:
     def running(self, *texts: str) -> list[str]:
         """The commands of its processes that train: drivers of jobs, and workers."""
         wanted = texts or ("ray_job_entry", "RayTrainWorker", "TrainController")
-        found = []
+        return list(self.processes(*wanted).values())
+
+    def processes(self, *texts: str) -> dict[psutil.Process, str]:
+        """Its processes with one of ``texts`` in their command, and that."""
+        found = {}
         for child in self.process.children(recursive=True):
-            try:
+            with suppress(psutil.Error):  # it ended meanwhile
                 command = " ".join(child.cmdline())
-            except psutil.Error:  # it ended meanwhile
-                continue
-            if any(text in command for text in wanted):
-                found.append(command)
+                if any(text in command for text in texts):
+                    found[child] = command
         return found
 
     def jobs_of(self, scratch: Path) -> dict[str, str]:

@@ -128,10 +128,9 @@ def test_a_driver_that_is_killed_is_followed_by_the_next_attempt(head, make_job)
 
     def kill_the_driver(step: StepMetrics) -> None:
         if not killed:
-            for child in head.process.children(recursive=True):
-                if "ray_job_entry" in " ".join(child.cmdline()):
-                    killed.append(child.pid)
-                    child.kill()
+            for driver in head.processes("ray_job_entry"):
+                killed.append(driver.pid)
+                driver.kill()
 
     said, steps = [], []
     launcher_at(head, said).train(there, lambda step: (steps.append(step), kill_the_driver(step)))
