@@ -381,8 +381,10 @@ class SnapshotConfig(Runtime):
     keep: int = Field(2, gt=0)
     """Keep the newest so many snapshots; each has the adapter of the best held-out loss so far."""
     validate_beside: bool = False
-    """Measure each snapshot's held-out loss beside training, on a worker more, without stopping it;
-    tracked as `heldout/snapshot_loss`."""
+    """Measure each snapshot's held-out loss beside training, without stopping it: on a worker more,
+    while the cluster has room for one beside `cluster.workers` (of a range: its `max`); on a Ray
+    started by the run, or for a range of workers without GPUs, on the workers' own cores. Tracked
+    as `heldout/snapshot_loss`."""
 
 
 class RunConfig(Config):

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from qlora_core.artifacts import Frozen
+from qlora_core.backends.ray_device import booked_device
 from qlora_core.backends.replies import REPLIES_FILE
 from qlora_core.errors import QLoraError
 from qlora_core.ports import AskJob, Batch, Reply
@@ -44,11 +45,12 @@ class Asker:
     Args:
         spec: An `AskSpec` in JSON.
         num_threads: The cores it owns.
+        gpus: That were booked for it.
     """
 
-    def __init__(self, spec: str, num_threads: int) -> None:
+    def __init__(self, spec: str, num_threads: int, gpus: float) -> None:
         self._spec = AskSpec.model_validate_json(spec)
-        self._num_threads = num_threads
+        self._num_threads, self._gpus = num_threads, gpus
         self._open = ExitStack()
 
     def prepare(self) -> str:
@@ -66,7 +68,7 @@ class Asker:
         from qlora_core.evaluation.interview import open_interview
 
         torch.set_num_threads(self._num_threads)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = booked_device(self._gpus)
         self._interview = self._open.enter_context(open_interview(self._spec.job, device))
         return Said(batches=self._interview.batches)
 

@@ -36,7 +36,7 @@ def ask_on_cluster(cluster: ClusterConfig, spec: AskSpec, cpus: int, gpus: float
     """
     worker = ray.remote(Asker).options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")
     text = spec.model_dump_json()
-    crew = _Crew(lambda: worker.remote(text, cpus), Replies(spec.replies_file), cluster, spec)
+    crew = _Crew(lambda: worker.remote(text, cpus, gpus), Replies(spec.replies_file), cluster, spec)
     crew.work()
 
 

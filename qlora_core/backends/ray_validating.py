@@ -6,68 +6,64 @@ clock, and are nobody else's business; so the driver looks for new ones itself, 
 training waits for measures the newest. What came in between, or is not done when training ends, is
 left out and counted: the adapter that comes of it is evaluated anyway.
 
-Every driver loads this module, so what takes seconds to import is imported where it is used.
+Nodes come and go, so whether there is room for that worker is asked again with each poll: it is
+killed when there is no more, and another one begun when there is again.
 """
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import RayActorError
 
 from qlora_core.backends.ray_worker import RaySpec
+from qlora_core.errors import LaunchError, QLoraError
 from qlora_core.ports import TrainJob
 from qlora_core.training.journal import VALIDATIONS_FILE, Validation
 
-_POLL_S = 0.5
+_POLL_S = 1.0
+_END_S = 5.0
 _MAX_LOST = 3  # workers that measure; training does without them
 
 
-class SnapshotJudge:
-    """A worker that measures snapshots.
+class Judge(Protocol):
+    """Measures one snapshot at a time: a `HiredJudge`."""
 
-    Args:
-        job: A `TrainJob` in JSON.
-        num_threads: The cores it owns.
-    """
+    def ask(self, folder: Path) -> None:
+        """Begin to measure a snapshot."""
 
-    def __init__(self, job: str, num_threads: int) -> None:
-        import torch
+    def answer(self) -> Validation | None:
+        """Return what was found; None: it is not done. RayActorError: the judge is lost."""
 
-        from qlora_core.training.validating import open_validator
+    def end(self) -> None:
+        """Give back at once what is booked."""
 
-        torch.set_num_threads(num_threads)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._open = open_validator(TrainJob.model_validate_json(job), device)
-        self._validate = self._open.__enter__()
 
-    def measure(self, folder: str) -> str:
-        """Return the `Validation` of a snapshot, in JSON."""
-        return self._validate(Path(folder)).model_dump_json()
+class Place(Protocol):
+    """Where a judge may be: a `WorkerMore`."""
+
+    @property
+    def num_wanted(self) -> int:
+        """Workers that there must be room for."""
+
+    def has_room(self) -> bool:
+        """Say whether there is room now."""
+
+    def hire(self, job: TrainJob) -> Judge:
+        """Book a judge for the snapshots of ``job``."""
 
 
 @contextmanager
-def validated_beside(
-    wait_for_spec: Callable[[], RaySpec],
-    cpus: int,
-    gpus: float,
-    *,
-    is_own_ray: bool,
-    has_room: bool,
-) -> Iterator[None]:
+def validated_beside(wait_for_spec: Callable[[], RaySpec], place: Place) -> Iterator[None]:
     """Measure what is saved within the block, if the recipe asks for it.
 
     Args:
         wait_for_spec: Returns the training when it is known.
-        cpus: Of a worker.
-        gpus: Of a worker.
-        is_own_ray: Nobody else is on this Ray: the worker more shares the training's cores.
-        has_room: There is room for a worker more.
+        place: Where to measure.
     """
-    beside = _Beside(wait_for_spec, cpus, gpus, is_own_ray=is_own_ray, has_room=has_room)
+    beside = _Beside(wait_for_spec, place)
     beside.start()
     try:
         yield
@@ -76,100 +72,141 @@ def validated_beside(
 
 
 class _Beside(threading.Thread):
-    def __init__(
-        self,
-        wait_for_spec: Callable[[], RaySpec],
-        cpus: int,
-        gpus: float,
-        *,
-        is_own_ray: bool,
-        has_room: bool,
-    ) -> None:
+    def __init__(self, wait_for_spec: Callable[[], RaySpec], place: Place) -> None:
         super().__init__(daemon=True)
-        self._wait_for_spec, self._has_room = wait_for_spec, has_room
-        self._cpus, self._gpus, self._booked = cpus, gpus, 0 if is_own_ray else cpus
+        self._wait_for_spec, self._place = wait_for_spec, place
         self._over = threading.Event()
-        self._spec: RaySpec | None = None
-        self._measured: set[int] = set()
-        self._seen: set[int] = set()
+        self._measuring: Measuring | None = None
 
     def run(self) -> None:
-        """Look for snapshots until training is over."""
+        """Look for snapshots until training is over; whatever happens, training does without."""
         spec = self._wait_for_spec()
         if not spec.snapshots.validate_beside:
             return
-        self._spec = spec
-        self._measured = _measured_steps(spec.job.scratch / VALIDATIONS_FILE)
-        if not self._has_room:
-            self._tell(0, "snapshots.validate_beside: no room for a worker more; none is measured.")
-            return
-        num_lost = 0
-        while not self._over.is_set() and num_lost <= _MAX_LOST:
-            try:
-                self._measure_new_ones(spec)
-            except RayActorError:
-                num_lost += 1
-            except RayError as error:
-                first_line = str(error).strip().splitlines()[-1]
-                self._tell(0, f"Snapshots are not measured any more: {first_line[:300]}")
-                return
-        if num_lost > _MAX_LOST:
-            self._tell(0, f"Snapshots are not measured any more: {num_lost} workers were lost.")
+        self._measuring = measuring = Measuring(spec.job, self._place)
+        try:
+            measuring.begin()
+            while not self._over.is_set():
+                measuring.poll()
+                self._over.wait(_POLL_S)
+        except Exception as error:  # a dying Ray fails with anything
+            measuring.tell(f"Snapshots are not measured any more: {_reason(error)}")
+        finally:
+            with suppress(Exception):  # as above, and a Ray that is gone holds nothing
+                measuring.dismiss()
 
     def end(self) -> None:
         """Measure no more; say what was left out."""
         self._over.set()
-        if self._spec is None or not self._has_room:
+        if self._measuring is None:
             return
-        self.join(timeout=10 * _POLL_S)
-        self._newest(self._spec.job.scratch)
-        if left := self._seen - self._measured:
-            self._tell(
-                max(left),
-                f"{len(left)} snapshots were not measured beside training: newer ones came first, "
-                "or training was over.",
+        self.join(timeout=_END_S)
+        with suppress(OSError):  # a store that cannot be read: training's say
+            self._measuring.tell_left_out()
+
+
+class Measuring:
+    """Has the newest snapshot measured, by a judge that is there only while there is room.
+
+    Args:
+        job: Whose snapshots are measured.
+        place: Where a judge may be.
+    """
+
+    def __init__(self, job: TrainJob, place: Place) -> None:
+        self._job, self._place = job, place
+        self._judge: Judge | None = None
+        self._is_asked = False
+        self._num_lost = 0
+        self._measured: set[int] = set()
+        self._seen: set[int] = set()
+
+    def begin(self) -> None:
+        """Learn what was measured before; say so if there is no room yet."""
+        self._measured = _measured_steps(self._file)
+        if not self._place.has_room():
+            self.tell(
+                "snapshots.validate_beside: there is no room for a worker more; snapshots are "
+                f"measured as soon as there is room for {self._place.num_wanted} workers."
             )
 
-    def _measure_new_ones(self, spec: RaySpec) -> None:
-        actor: Any = ray.remote(SnapshotJudge)
-        judge = actor.options(num_cpus=self._booked, num_gpus=self._gpus).remote(
-            spec.job.model_dump_json(), self._cpus
-        )
+    def poll(self) -> None:
+        """Look at the room, the snapshots and the judge; wait for none of them.
+
+        Raises:
+            LaunchError: Judges were lost too often.
+            Exception: What a judge met, or Ray.
+        """
+        if not self._place.has_room():
+            self.dismiss()
+        elif self._judge is None:
+            self._judge = self._place.hire(self._job)
+        newest = self._newest()
+        if self._judge is None:
+            return
         try:
-            while not self._over.wait(_POLL_S):
-                folder = self._newest(spec.job.scratch)
-                if folder is not None:
-                    self._measure(judge, folder)
-        finally:
-            ray.kill(judge)
+            self._ask_on(self._judge, newest)
+        except RayActorError:
+            self._lose()
 
-    def _newest(self, scratch: Path) -> Path | None:
-        """Take note of all snapshots; return the newest if it was not measured yet."""
-        from qlora_core.training.snapshot import FOLDER, snapshots_in, step_of
+    def dismiss(self) -> None:
+        """Have no judge; the next one is asked again for what this one has not answered."""
+        judge, self._judge, self._is_asked = self._judge, None, False
+        if judge is not None:
+            judge.end()
 
-        folders = snapshots_in(scratch / FOLDER)
-        self._seen |= {step_of(folder) for folder in folders}
-        if not folders or step_of(folders[0]) in self._measured:
-            return None
-        return folders[0]
-
-    def _measure(self, judge: Any, folder: Path) -> None:
-        asked = judge.measure.remote(str(folder))
-        while not self._over.is_set():
-            with suppress(GetTimeoutError):
-                found = Validation.model_validate_json(ray.get(asked, timeout=_POLL_S))
-                self._write(found)
-                self._measured.add(found.step)
-                return
-
-    def _tell(self, step: int, note: str) -> None:
+    def tell(self, note: str, step: int = 0) -> None:
+        """Say something to the person who watches."""
         self._write(Validation(step=step, note=note))
 
+    def tell_left_out(self) -> None:
+        """Say how many snapshots were not measured."""
+        self._newest()
+        if left := self._seen - self._measured:
+            self.tell(
+                f"{len(left)} snapshots were not measured beside training: newer ones came first, "
+                "there was no room, or training was over.",
+                max(left),
+            )
+
+    def _ask_on(self, judge: Judge, newest: Path | None) -> None:
+        from qlora_core.training.snapshot import step_of
+
+        if self._is_asked and (found := judge.answer()) is not None:
+            self._write(found)
+            self._measured.add(found.step)
+            self._is_asked = False
+        if not self._is_asked and newest is not None and step_of(newest) not in self._measured:
+            judge.ask(newest)
+            self._is_asked = True
+
+    def _lose(self) -> None:
+        self._num_lost += 1
+        self.dismiss()
+        if self._num_lost > _MAX_LOST:
+            raise LaunchError(f"{self._num_lost} workers were lost.")
+
+    def _newest(self) -> Path | None:
+        """Take note of all snapshots; return the newest."""
+        from qlora_core.training.snapshot import FOLDER, snapshots_in, step_of
+
+        folders = snapshots_in(self._job.scratch / FOLDER)
+        self._seen |= {step_of(folder) for folder in folders}
+        return folders[0] if folders else None
+
+    @property
+    def _file(self) -> Path:
+        return self._job.scratch / VALIDATIONS_FILE
+
     def _write(self, validation: Validation) -> None:
-        assert self._spec is not None  # noqa: S101  # there is one by now
-        path = self._spec.job.scratch / VALIDATIONS_FILE
-        with suppress(OSError), path.open("a", encoding="utf-8") as file:  # no room: training's say
+        with suppress(OSError), self._file.open("a", encoding="utf-8") as file:  # training's say
             file.write(validation.model_dump_json() + "\n")
+
+
+def _reason(error: Exception) -> str:
+    cause = getattr(error, "cause", None) or error  # Ray wraps it with its traceback
+    said = " ".join(str(cause).split())[:300]
+    return said if isinstance(cause, QLoraError) else f"{type(cause).__name__}: {said}"
 
 
 def _measured_steps(file: Path) -> set[int]:

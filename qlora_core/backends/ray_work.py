@@ -17,7 +17,7 @@ from uuid import uuid4
 from qlora_core.backends.errands import asking_errand, training_errand
 from qlora_core.backends.ray_asker import AskSpec
 from qlora_core.backends.ray_process import START_S
-from qlora_core.backends.ray_resources import places_on, share_out
+from qlora_core.backends.ray_resources import share_out
 from qlora_core.backends.ray_worker import RaySpec, WorkerOrder, train_on_worker
 from qlora_core.config import ClusterConfig
 from qlora_core.errors import KilledError, LaunchError, NoRoomError, QLoraError, ResourceError
@@ -108,16 +108,10 @@ def beside(
         cpus: Of a worker.
         gpus: Of a worker.
     """
-    import ray
-
+    from qlora_core.backends.ray_judge import WorkerMore
     from qlora_core.backends.ray_validating import validated_beside
 
-    is_own_ray = cluster.address is None
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    places = sum(places_on(node, 1 if is_own_ray else cpus, gpus) for node in nodes)
-    is_elastic = not isinstance(cluster.workers, int)  # room may come
-    has_room = is_elastic or places > cluster.max_workers or (is_own_ray and not gpus)
-    return validated_beside(wait_for_spec, cpus, gpus, is_own_ray=is_own_ray, has_room=has_room)
+    return validated_beside(wait_for_spec, WorkerMore(cluster, cpus, gpus))
 
 
 def fit(cluster: ClusterConfig, order: WorkerOrder, gpus: float, storage: Path) -> Exception | None:

@@ -1,0 +1,80 @@
+"""When the nodes have room for a worker more. No Ray in here: a node is a plain dict."""
+
+import pytest
+
+from qlora_core.backends.ray_judge import WorkerMore
+from qlora_core.config import ClusterConfig
+
+ELASTIC = {"min": 2, "max": 16}
+CPU_NODE, GPU_NODE = {"CPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}
+
+
+def fits(nodes, cpus=2, gpus=0.0, num_lost=0, address="head:6379", **cluster):
+    listed = [{"Alive": n >= num_lost, "Resources": node} for n, node in enumerate(nodes)]
+    place = WorkerMore(ClusterConfig(address=address, **cluster), cpus, gpus)
+    return place.fits(listed)
+
+
+@pytest.mark.parametrize(
+    ("workers", "num_nodes", "expected"), [(4, 2, False), (3, 2, True), (4, 3, True), (1, 0, False)]
+)
+def test_workers_without_gpus_leave_room_where_a_whole_one_fits_besides(
+    workers, num_nodes, expected
+):
+    assert fits([CPU_NODE] * num_nodes, workers=workers) is expected
+
+
+@pytest.mark.parametrize(
+    ("workers", "num_nodes", "expected"),
+    [(3, 1, True), (4, 1, False), (4, 2, True), (ELASTIC, 1, False), (ELASTIC, 4, False),
+     (ELASTIC, 5, True)],
+)  # fmt: skip
+def test_a_range_of_workers_leaves_a_gpu_only_beyond_its_most(workers, num_nodes, expected):
+    assert fits([GPU_NODE] * num_nodes, gpus=1.0, workers=workers) is expected
+
+
+def test_a_node_that_is_lost_has_no_room():
+    assert fits([CPU_NODE] * 3, workers=4)
+    assert not fits([CPU_NODE] * 3, workers=4, num_lost=1)
+
+
+def test_a_range_of_workers_without_gpus_has_room_wherever_one_of_them_fits():
+    assert fits([CPU_NODE], workers=ELASTIC)
+    assert not fits([CPU_NODE], workers=ELASTIC, num_lost=1)
+
+
+def test_on_a_ray_of_our_own_cores_are_shared_and_gpus_are_not():
+    assert fits([{"CPU": 1.0}], address=None, cpus=1, workers=1)
+    assert fits([GPU_NODE], address=None, cpus=5, gpus=1.0, workers=3)
+    assert not fits([GPU_NODE], address=None, cpus=4, gpus=1.0, workers=4)
+
+
+@pytest.mark.parametrize(
+    ("address", "workers", "gpus", "expected"),
+    [
+        (None, 1, 0.0, (0, 0.0)),
+        (None, 1, 1.0, (0, 1.0)),
+        ("head:6379", 1, 0.0, (2, 0.0)),
+        ("head:6379", ELASTIC, 0.0, (0, 0.0)),
+        ("head:6379", ELASTIC, 1.0, (2, 1.0)),
+    ],
+)
+def test_cores_are_booked_unless_nobody_else_is_there_or_training_takes_them_all(
+    address, workers, gpus, expected
+):
+    place = WorkerMore(ClusterConfig(address=address, workers=workers), 2, gpus)
+
+    booked = place.booking([{"NodeID": "ab" * 28, "Alive": True, "Resources": GPU_NODE}])
+
+    assert (booked["num_cpus"], booked["num_gpus"]) == expected
+
+
+def test_what_books_no_cores_runs_where_most_are_not_on_a_bare_or_a_lost_node():
+    nodes = [
+        {"NodeID": name * 28, "Alive": name != "dd", "Resources": {"CPU": cores}}
+        for name, cores in {"aa": 0.0, "bb": 2.0, "cc": 8.0, "dd": 64.0}.items()
+    ]
+
+    booked = WorkerMore(ClusterConfig(address="head:6379", workers=ELASTIC), 2, 0.0).booking(nodes)
+
+    assert booked["scheduling_strategy"].node_id == "cc" * 28
