@@ -21,7 +21,7 @@ from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import NotFiniteError, QLoraError, ResourceError, UserError
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.incidents import history
-from tests.backends.ray_nodes import ray_cluster
+from tests.backends.ray_nodes import free_port, ray_cluster
 
 pytestmark = pytest.mark.usefixtures("one_thread", "processes_before")
 SNAPSHOTS = SnapshotConfig(every_steps=5)
@@ -230,11 +230,16 @@ def test_nothing_is_left_when_the_launcher_is_killed(make_job, tmp_path):
 def test_a_running_ray_is_used_where_an_address_is_given(make_job):
     alone = train_here(make_job("alone"))
 
+    port = free_port()
     with ray_cluster() as running:
-        running.start_head()
+        running.start_head(f"--ray-client-server-port={port}")
         steps, _ = train_on_ray(make_job("ray"), workers=1, address=running.address)
+        client = f"ray://127.0.0.1:{port}"
+        require_ray(client, patience_s=90)  # that door opens later than the others
+        through_client, _ = train_on_ray(make_job("client"), workers=1, address=client)
 
     assert losses(steps) == pytest.approx(losses(alone), rel=1e-4)
+    assert losses(through_client) == losses(steps)
 
 
 def test_more_cores_than_the_machine_has_are_refused_at_once(make_job):
