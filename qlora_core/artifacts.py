@@ -115,6 +115,7 @@ class QuantizedBase(Facts):
 
 IncidentKind = Literal[
     "out_of_memory",
+    "killed_nearby",
     "collective",
     "not_finite",
     "lost_worker",

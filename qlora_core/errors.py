@@ -130,7 +130,7 @@ def from_json(fields: dict[str, str]) -> QLoraError:
     return cls(fields["what"], why=fields["why"], fix=fields["fix"])
 
 
-def storage_error(error: OSError, path: object) -> StoreError:
+def storage_error(error: OSError, path: object, doing: str = "write") -> StoreError:
     """Say in our words what the operating system said of ``path``: full, read-only, forbidden."""
     reasons = {
         errno.ENOSPC: ("the disk is full", "Free some space, or name a store on another disk"),
@@ -140,34 +140,71 @@ def storage_error(error: OSError, path: object) -> StoreError:
         errno.EPERM: ("permission denied", "Name a store that you may write"),
         errno.ENOTDIR: ("a file is in the way", "Name a folder, not a file"),
         errno.EEXIST: ("a file is in the way", "Name a folder, not a file"),
-        errno.ENOENT: ("such a folder cannot be made", "Name one that can, as /data/qloraflow"),
+        errno.ENOENT: (
+            "there is no such file or folder",
+            "Name a store that is there or can be made, as /data/qloraflow",
+        ),
+        errno.EIO: ("the disk, or the network to it, has failed", "Look at the disk or its mount"),
+        errno.ESTALE: ("its network file system has lost track of it", "Look at the mount"),
+        errno.ETIMEDOUT: ("its network file system does not answer", "Look at the mount"),
     }
     why, fix = reasons.get(error.errno or 0, (str(error), "Check the path"))
     return StoreError(
-        f"cannot write {path}: {why}.",
+        f"cannot {doing} {path}: {why}.",
         fix=f"{fix} (workspace.store, or QLORAFLOW_HOME); earlier artefacts are intact.",
     )
 
 
 @contextmanager
-def storing(path: object) -> Iterator[None]:
-    """Turn what writing below ``path`` fails with into a StoreError.
+def storing(path: object, doing: str = "write") -> Iterator[None]:
+    """Turn what using the store at or below ``path`` fails with into a StoreError.
 
-    safetensors raises an error class of its own that has the operating system's number in its text.
+    Args:
+        path: What is written or read.
+        doing: `write`, or `read` for what the store must have.
 
     Raises:
         StoreError: The disk is full, say.
     """
     try:
         yield
-    except OSError as error:
-        raise storage_error(error, path) from error
     except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
+        found = _as_os_error(error)
+        if found is None:
             raise
-        code = int(number[1])
-        raise storage_error(OSError(code, os.strerror(code)), path) from error
+        raise storage_error(found, path, doing) from error
+
+
+@contextmanager
+def hiccups_told(path: object) -> Iterator[None]:
+    """Turn a failure of the disk or network below ``path``, whatever it was taken for, into ours.
+
+    For inputs: their readers say of a file that is missing or damaged what it means, and take one
+    that could not be read just now for the same. Only the latter is worth another try.
+
+    Raises:
+        StoreError: The file system could not be read.
+    """
+    try:
+        yield
+    except (StoreError, LaunchError):
+        raise
+    except Exception as error:
+        behind: BaseException | None = error
+        while behind is not None:
+            found = _as_os_error(behind)
+            if found is not None and found.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+                raise storage_error(found, path, "read") from error
+            behind = behind.__cause__ or behind.__context__
+        raise
+
+
+def _as_os_error(error: BaseException) -> OSError | None:
+    """Return what the operating system said; safetensors has its number in a text of its own."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 def _tree(root: type[QLoraError]) -> list[type[QLoraError]]:

@@ -232,6 +232,8 @@ class Services:
     progress: Progress
     crew: Crew | None = None
     """None: a stage asks its model by itself, in this process."""
+    check: Callable[[str], None] = lambda _: None
+    """Called with a stage's name about every second while it waits; what it raises ends that."""
 
 
 @dataclass(frozen=True)

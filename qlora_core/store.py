@@ -23,7 +23,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -46,6 +46,8 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
 _BESIDE = {MANIFEST, PROVENANCE}
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 1.0
+"""Between two looks at whether another run is done; a builder takes seconds to days."""
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -132,7 +134,7 @@ class Store:
 
         Raises:
             StoreError: No room, no permission. Earlier artefacts are intact.
-            QLoraError: What the stage raises.
+            QLoraError: What the stage raises, or ``services.check`` while it waits.
         """
         inputs = stage.bind(*args, **kwargs)
         identity = _identity(stage, inputs)
@@ -235,7 +237,7 @@ class Store:
         with path.open("a") as handle:
             if not _try_flock(handle.fileno()):
                 services.progress.say(stage, "another run is building this; waiting for it")
-                fcntl.flock(handle.fileno(), fcntl.LOCK_EX)
+                _wait_for_flock(handle.fileno(), lambda: services.check(stage))
             yield
 
 
@@ -352,6 +354,15 @@ def _try_flock(handle: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _wait_for_flock(handle: int, check: Callable[[], None]) -> None:
+    """Wait by asking again and again: a thread that sleeps in the kernel cannot be told to stop."""
+    pause_s = _FIRST_PAUSE_S
+    while not _try_flock(handle):
+        check()
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, _LONGEST_PAUSE_S)
 
 
 def _machine() -> dict[str, Any]:

@@ -1,9 +1,13 @@
 """The store with a stage that counts its runs: found, built once, sealed, noticed when damaged."""
 
+import fcntl
 import json
 import multiprocessing
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -267,6 +271,67 @@ def test_a_killed_builder_leaves_no_lock_and_no_rubbish_in_the_artefact(store, s
     assert not produced.cached
     assert not (produced.artifact.path / "torn.txt").exists()
     assert not scratch.exists()
+
+
+@contextmanager
+def built_elsewhere(store: Store, word: str) -> Iterator[None]:
+    """Hold what a run holds while it builds; the kernel tells open files apart, not processes."""
+    lock = store.root / "spell" / f".{store.key(spell, word)}.lock"
+    lock.parent.mkdir(parents=True)
+    with lock.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+class StoppedError(Exception):
+    """What a run that is told to stop raises."""
+
+
+def test_whoever_waits_for_another_run_is_told_once_and_can_be_stopped(store, heard):
+    stopping, asked, ended = threading.Event(), [], []
+
+    def check(stage: str) -> None:
+        asked.append(stage)
+        if stopping.is_set():
+            raise StoppedError
+
+    services = Services(None, None, None, progress=heard, check=check)
+
+    def wait() -> None:
+        try:
+            store.produce(spell, services, "hello")
+        except StoppedError:
+            ended.append(time.monotonic())
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    with built_elsewhere(store, "hello"):
+        waiting.start()
+        waiting.join(1.5)
+        assert waiting.is_alive()
+        stopped_at = time.monotonic()
+        stopping.set()
+        waiting.join(10)
+
+        assert ended
+        assert ended[0] - stopped_at < 2.0
+    assert heard.messages == ["another run is building this; waiting for it"]
+    assert set(asked) == {"spell"}
+    assert 3 <= len(asked) <= 8, "not a busy loop"
+    stopping.clear()
+    assert not store.produce(spell, services, "hello").cached, "nothing is left locked"
+
+
+def test_whoever_waits_goes_on_soon_after_the_other_run_is_killed(store, services, heard):
+    process, _ = start_hanging(store)
+    killing = threading.Timer(0.7, process.kill)
+    killing.start()
+
+    produced = store.produce(spell, services, "hello")
+
+    assert heard.messages == ["another run is building this; waiting for it"]
+    assert not process.is_alive()
+    assert not produced.cached
+    assert RUNS == ["hello"]
 
 
 def test_sweep_deletes_what_nobody_builds_and_spares_what_somebody_does(store):

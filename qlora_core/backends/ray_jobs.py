@@ -86,8 +86,9 @@ class RayJobsLauncher:
             self._pause(pause_s)
 
     def _new(self, orders: Orders, job: TrainJob) -> JobOrder:
-        for stale in (JOURNAL_FILE, SUMMARY_FILE):  # snapshots hold the journal's truth
-            (job.scratch / stale).unlink(missing_ok=True)
+        with storing(job.scratch):
+            for stale in (JOURNAL_FILE, SUMMARY_FILE):  # snapshots hold the journal's truth
+                (job.scratch / stale).unlink(missing_ok=True)
         return orders.written()
 
     def _order(self, job: TrainJob, launch: str) -> JobOrder:

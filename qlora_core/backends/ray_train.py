@@ -22,7 +22,7 @@ from qlora_core.backends.ray_resources import require_local_room
 from qlora_core.backends.ray_worker import LOG_FILE, RaySpec
 from qlora_core.backends.triage import PAUSES_S, LostDriverError, Triage
 from qlora_core.config import ClusterConfig, SnapshotConfig
-from qlora_core.errors import QLoraError, from_json
+from qlora_core.errors import QLoraError, from_json, storing
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.attempt import next_launch
 from qlora_core.training.desk import SUMMARY_FILE
@@ -72,9 +72,10 @@ class RayTrainLauncher:
             self.say(f"connecting to Ray at {self.cluster.address}")
             require_ray(self.cluster.address)
         job = job.absolute()
-        job.scratch.mkdir(parents=True, exist_ok=True)
-        for stale in (JOURNAL_FILE, SUMMARY_FILE):  # snapshots hold the journal's truth
-            (job.scratch / stale).unlink(missing_ok=True)
+        with storing(job.scratch):
+            job.scratch.mkdir(parents=True, exist_ok=True)
+            for stale in (JOURNAL_FILE, SUMMARY_FILE):  # snapshots hold the journal's truth
+                (job.scratch / stale).unlink(missing_ok=True)
         follower = StepFollower.of(job, on_step, self.say)
         triage = Triage(job.scratch, self.cluster.max_failures, self.pauses_s)
         while True:

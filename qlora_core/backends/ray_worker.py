@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_core.artifacts import Frozen, Incident
 from qlora_core.config import ClusterConfig, SnapshotConfig
-from qlora_core.errors import CollectiveError, QLoraError, StoreError, TrainingError
+from qlora_core.errors import CollectiveError, QLoraError, StoreError, TrainingError, storing
 from qlora_core.ports import TrainJob
 
 LOG_FILE = "ray.log"
@@ -81,7 +81,9 @@ def train_on_worker(plain: dict[str, Any]) -> None:
 
     order = WorkerOrder.model_validate(plain)
     spec = order.awaited()
-    if spec.error_file.exists():  # the launcher is about to end this run
+    with storing(spec.error_file, "read"):
+        has_failed = spec.error_file.exists()
+    if has_failed:  # the launcher is about to end this run
         raise TrainingError(f"This run has failed already; see {spec.error_file}.")
     before = _num_attempts(spec)
     try:
@@ -155,7 +157,9 @@ def _leave(spec: RaySpec, error: QLoraError, before: int) -> None:
     try:
         replace_durably(spec.error_file, text)
     except StoreError:
-        with suppress(StoreError):  # Ray would start the workers again before it brings the error
+        # Ray would start the workers again before it brings the error. If there is no room taken,
+        # or nothing can be written at all, it does: the driver tells what the last of them raised.
+        with suppress(StoreError):
             replace_reserved(spec.error_file, text)
 
 

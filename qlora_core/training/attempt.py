@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from qlora_core.artifacts import Frozen
-from qlora_core.errors import LaunchError
+from qlora_core.errors import LaunchError, storing
 from qlora_core.training.durable import replace_durably
 
 ATTEMPT_FILE = "ATTEMPT"
@@ -56,8 +56,13 @@ class Attempt:
 
 
 def next_launch(scratch: Path) -> str:
-    """Fence off all earlier launches on this scratch folder and return the new one's name."""
-    scratch.mkdir(parents=True, exist_ok=True)
+    """Fence off all earlier launches on this scratch folder and return the new one's name.
+
+    Raises:
+        StoreError: The folder cannot be made, or not be written.
+    """
+    with storing(scratch):
+        scratch.mkdir(parents=True, exist_ok=True)
     record = read_record(scratch)
     launch = f"{int(record.launch) + 1:04d}"
     _write(scratch, record.model_copy(update={"launch": launch, "token": ""}))
@@ -69,6 +74,7 @@ def claim(scratch: Path, launch: str, step: int, num_workers: int = 1) -> Attemp
 
     Raises:
         LaunchError: A newer launch is already there.
+        StoreError: There is no room, say.
     """
     record = read_record(scratch)
     if record.launch > launch:
@@ -88,11 +94,17 @@ def claim(scratch: Path, launch: str, step: int, num_workers: int = 1) -> Attemp
 
 
 def read_record(scratch: Path) -> AttemptRecord:
-    """Return what is known of the attempts; nothing if there is no file, or a damaged one."""
-    try:
-        return AttemptRecord.model_validate_json((scratch / ATTEMPT_FILE).read_bytes())
-    except (FileNotFoundError, ValidationError):
-        return AttemptRecord()
+    """Return what is known of the attempts; nothing if there is no file, or a damaged one.
+
+    Raises:
+        StoreError: There may be one, but it cannot be read.
+    """
+    path = scratch / ATTEMPT_FILE
+    with storing(path, "read"):
+        try:
+            return AttemptRecord.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return AttemptRecord()
 
 
 def _write(scratch: Path, record: AttemptRecord) -> None:

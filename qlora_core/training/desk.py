@@ -91,12 +91,15 @@ class Desk:
         Args:
             position: The end.
             words: Of all workers, by rank.
+
+        Raises:
+            StoreError: There is no room, say.
+            LaunchError: A newer attempt has taken over.
         """
         self._note(words)
         self.journal.close()
         self.attempt.require_current()
         kept = keep_best(self.run, position)
-        self.job.out.mkdir(parents=True, exist_ok=True)
         save_adapter(self.run.model, self.job.out, self.job.base_name, None)
         write_curve(self.job.out, self.journal.steps)
         facts = self._facts(position, kept, words)
@@ -114,7 +117,9 @@ class Desk:
         steps = self.journal.steps
         seconds = sum(step.seconds for step in steps)
         starts = read_record(self.job.scratch).started_after
-        notes = (self.job.scratch / NOTES_FILE).read_text("utf-8").splitlines()
+        path = self.job.scratch / NOTES_FILE
+        with storing(path, "read"):
+            notes = path.read_text("utf-8").splitlines()
         return AdapterCheckpoint(
             num_trainable_parameters=sum(p.numel() for p in self.run.parameters.values()),
             num_target_layers=sum(bool(getattr(m, "lora_A", ())) for m in self.run.model.modules()),

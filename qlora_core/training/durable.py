@@ -12,10 +12,8 @@ def write_durably(path: Path, content: bytes) -> None:
     Raises:
         StoreError: There is no room, say.
     """
-    with storing(path), path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    with storing(path):
+        _write(path, content, "wb")
 
 
 def replace_durably(path: Path, content: bytes) -> None:
@@ -25,9 +23,10 @@ def replace_durably(path: Path, content: bytes) -> None:
         StoreError: There is no room, say; what was there is untouched.
     """
     fresh = path.with_name(f".{path.name}.tmp")
-    write_durably(fresh, content)
-    fresh.replace(path)
-    sync(path.parent)
+    with storing(path):
+        _write(fresh, content, "wb")
+        fresh.replace(path)
+        sync(path.parent)
 
 
 def reserve(path: Path, size_bytes: int = 8192) -> None:
@@ -45,12 +44,16 @@ def replace_reserved(path: Path, content: bytes) -> None:
     Raises:
         StoreError: It was too little, or there is none.
     """
-    reserved = _reserved(path)
-    with storing(path), reserved.open("r+b") as file:
+    with storing(path):
+        _write(_reserved(path), content, "r+b")
+        _reserved(path).replace(path)
+
+
+def _write(path: Path, content: bytes, mode: str) -> None:
+    with path.open(mode) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    reserved.replace(path)
 
 
 def _reserved(path: Path) -> Path:
@@ -58,9 +61,14 @@ def _reserved(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Make the kernel write a file, or a folder's list of names, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make the kernel write a file, or a folder's list of names, to disk.
+
+    Raises:
+        StoreError: It cannot.
+    """
+    with storing(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

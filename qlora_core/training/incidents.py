@@ -7,7 +7,9 @@ so the run's history is whole whoever dies, and remedies can be counted: none is
 ==============  =====================================  ============================================
 kind            how it is known                        remedy
 ==============  =====================================  ============================================
-out_of_memory   the kernel or Ray killed a process     passes of half as many rows, last snapshot
+out_of_memory   the kernel or Ray killed a process     passes of half as many rows, last snapshot;
+                                                       with one row once more as it is, then the end
+killed_nearby   the kernel killed one of this machine  last snapshot; passes have one row already
 collective      a message between workers fails        new workers, last snapshot
 lost_worker     a worker is gone without a word        new workers, last snapshot
 resized         the cluster has more or fewer places   other workers, last snapshot
@@ -48,11 +50,17 @@ def note(scratch: Path, incident: Incident) -> Incident:
 
 
 def history(scratch: Path) -> tuple[Incident, ...]:
-    """Return what happened so far; a line that a dying process left unfinished is none."""
-    try:
-        lines = (scratch / INCIDENTS_FILE).read_text("utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return ()
+    """Return what happened so far; a line that a dying process left unfinished is none.
+
+    Raises:
+        StoreError: There may be something, but it cannot be read.
+    """
+    path = scratch / INCIDENTS_FILE
+    with storing(path, "read"):
+        try:
+            lines = path.read_text("utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return ()
     return tuple(_parsed(lines))
 
 
@@ -61,6 +69,16 @@ def count(scratch: Path, kind: IncidentKind, step: int | None = None) -> int:
     return sum(
         past.kind == kind and (step is None or past.step == step) for past in history(scratch)
     )
+
+
+def ended_with(scratch: Path, kind: IncidentKind, launch: str) -> bool:
+    """Say whether ``kind`` is what ended the launch before ``launch``, and the last that happened.
+
+    Raises:
+        StoreError: The history cannot be read.
+    """
+    past = history(scratch)
+    return bool(past) and past[-1].kind == kind and past[-1].launch == f"{int(launch) - 1:04d}"
 
 
 def _parsed(lines: list[str]) -> Iterator[Incident]:

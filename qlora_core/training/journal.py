@@ -7,6 +7,7 @@ the file anew from the snapshot's copy, by rename, so no reader ever sees half o
 of workers decides, so the same training leaves the same bytes.
 """
 
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -55,13 +56,17 @@ class Journal:
     Args:
         path: The file; what it held is replaced.
         steps: Steps of earlier attempts that still count.
+
+    Raises:
+        StoreError: There is no room, say.
     """
 
     def __init__(self, path: Path, steps: Iterable[StepMetrics] = ()) -> None:
         self.path = path
         self.steps = list(steps)
         replace_durably(path, "".join(_line(step) for step in self.steps).encode())
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        with storing(path):
+            self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def append(self, metrics: StepMetrics) -> None:
         """Add a step, on disk when this returns.
@@ -76,8 +81,13 @@ class Journal:
         self.steps.append(metrics)
 
     def close(self) -> None:
-        """Let go of the file."""
-        self._file.close()
+        """Let go of the file.
+
+        Raises:
+            StoreError: A network file system says only now that it could not write.
+        """
+        with storing(self.path):
+            self._file.close()
 
 
 class Validation(Frozen):
@@ -98,19 +108,29 @@ class Tail:
         self._inode, self._offset = -1, 0
 
     def lines(self) -> Iterator[str]:
-        """Yield the lines that came since the last call; all of them after a replacement."""
-        try:
-            file = self._path.open("rb")
-        except FileNotFoundError:
-            return
-        with file:
+        """Yield the lines that came since the last call; all of them after a replacement.
+
+        Raises:
+            StoreError: The file cannot be read.
+        """
+        with storing(self._path, "read"):
+            try:
+                whole = self._whole_lines()
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ESTALE):
+                    raise
+                return  # not there yet, or replaced over NFS while it was read: see the next call
+        yield from whole.decode("utf-8", "replace").splitlines()
+
+    def _whole_lines(self) -> bytes:
+        with self._path.open("rb") as file:
             status = os.fstat(file.fileno())
             if status.st_ino != self._inode or status.st_size < self._offset:
                 self._inode, self._offset = status.st_ino, 0
             file.seek(self._offset)
             whole, newline, _ = file.read().rpartition(b"\n")
             self._offset += len(whole + newline)
-        yield from whole.decode("utf-8", "replace").splitlines()
+        return whole
 
 
 class StepTail:
@@ -135,10 +155,15 @@ def read_journal(path: Path) -> list[StepMetrics]:
 
 
 def write_curve(folder: Path, steps: Iterable[StepMetrics]) -> None:
-    """Write ``folder/curve.jsonl``."""
+    """Write ``folder/curve.jsonl``.
+
+    Raises:
+        StoreError: There is no room, say.
+    """
     points = (CurvePoint(**step.model_dump(include=set(CurvePoint.model_fields))) for step in steps)
     text = "".join(point.model_dump_json() + "\n" for point in points)
-    (folder / CURVE_FILE).write_text(text, "utf-8")
+    with storing(folder / CURVE_FILE):
+        (folder / CURVE_FILE).write_text(text, "utf-8")
 
 
 def read_curve(folder: Path) -> list[CurvePoint]:

@@ -1,57 +1,82 @@
 """Was a worker killed for the memory it took? It cannot say so itself.
 
-The kernel ends a process without a word, but it counts how many it has ended: for this container
-(cgroup v2), else for the whole machine. A worker that starts compares the count with what its
-predecessor found in the same launch. Somebody else's process may be counted on a machine without
-containers; then passes have fewer rows for nothing, which costs a little speed and no correctness.
+The kernel ends a process without a word, but it counts whom it has ended: in the container that a
+worker runs in (cgroup v2; a login session is one, too), and on the whole machine. A worker that
+starts compares the count with what its predecessor found in the same launch. Where only the machine
+counts, it may have been anybody's process. Then passes have fewer rows for nothing, or training is
+told to go on as it is, which costs a little speed and no correctness; it never ends a run.
 
 Source: Linux, Documentation/admin-guide/cgroup-v2.rst (memory.events), mm/vmstat.c (oom_kill).
 """
 
+import re
 import socket
+from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ValidationError
 
 from qlora_core.artifacts import Frozen
+from qlora_core.errors import storing
 from qlora_core.training.durable import replace_durably
 
+Counted = Literal["container", "machine"]
+"""Whose count has grown."""
 FOLDER = "killed"
-COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 class _Count(Frozen):
     launch: str
+    of: Counted
     num_killed: int
 
 
-def killed_since_last_start(
-    scratch: Path, launch: str, rank: int, counters: tuple[Path, ...] = COUNTERS
-) -> bool:
-    """Say whether the kernel killed for memory here since worker ``rank`` last started.
+def killed_since_last_start(scratch: Path, launch: str, rank: int) -> Counted | None:
+    """Say who has counted a kill for memory since worker ``rank`` last started on this machine.
 
     Only starts of the same launch are compared, which are minutes apart.
+
+    Args:
+        scratch: The job's scratch folder, which is there.
+        launch: Of this start.
+        rank: Of this worker.
+
+    Raises:
+        StoreError: The count cannot be kept.
     """
     file = scratch / FOLDER / f"{socket.gethostname()}-{rank}.json"
-    found = _Count(launch=launch, num_killed=_num_killed(counters))
-    before = _read(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    of, num_killed = _num_killed()
+    found, before = _Count(launch=launch, of=of, num_killed=num_killed), _read(file)
+    with storing(file.parent):
+        file.parent.mkdir(exist_ok=True)
     replace_durably(file, found.model_dump_json().encode())
-    return before is not None and before.launch == launch and found.num_killed > before.num_killed
+    if before is None or (before.launch, before.of) != (launch, of):
+        return None
+    return of if num_killed > before.num_killed else None
 
 
 def _read(file: Path) -> _Count | None:
-    try:
-        return _Count.model_validate_json(file.read_bytes())
-    except (FileNotFoundError, ValidationError):
-        return None
-
-
-def _num_killed(counters: tuple[Path, ...]) -> int:
-    for path in counters:
+    with storing(file, "read"):
         try:
+            return _Count.model_validate_json(file.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+
+def _num_killed() -> tuple[Counted, int]:
+    """Return the count that says most of this process: of its own container, if that is counted."""
+    for of, path in _counters():
+        with suppress(OSError, ValueError, KeyError):
             stated = dict(line.split() for line in path.read_text().splitlines())
-            return int(stated["oom_kill"])
-        except (OSError, ValueError, KeyError):
-            continue
-    return 0
+            return of, int(stated["oom_kill"])
+    return "machine", 0
+
+
+def _counters() -> list[tuple[Counted, Path]]:
+    found: list[tuple[Counted, Path]] = []
+    with suppress(OSError):
+        if own := re.search(r"^0::/(.+)$", (PROC / "self/cgroup").read_text(), re.MULTILINE):
+            found.append(("container", CGROUPS / own[1] / "memory.events"))
+    return [*found, ("container", CGROUPS / "memory.events"), ("machine", PROC / "vmstat")]

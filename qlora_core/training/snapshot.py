@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qlora_core.artifacts import Frozen
 from qlora_core.config import SnapshotConfig
-from qlora_core.errors import storage_error
+from qlora_core.errors import storing
 from qlora_core.fingerprint import file_digest
 from qlora_core.ports import StepMetrics
 from qlora_core.training.attempt import Attempt
@@ -95,6 +95,9 @@ class SnapshotWriter:
         config: When to save and how many to keep.
         attempt: The right to write.
         job: Fingerprint of the job.
+
+    Raises:
+        StoreError: There is no room for a folder, say.
     """
 
     def __init__(self, scratch: Path, config: SnapshotConfig, attempt: Attempt, job: str) -> None:
@@ -102,7 +105,8 @@ class SnapshotWriter:
         self._config, self._attempt, self._job = config, attempt, job
         self._saved_at = time.monotonic()
         self._took_s, self._hurried_until = 0.0, 0.0
-        self._root.mkdir(parents=True, exist_ok=True)
+        with storing(self._root):
+            self._root.mkdir(exist_ok=True)
 
     def is_due(self, step: int) -> bool:
         """Say whether to save after ``step``."""
@@ -128,15 +132,14 @@ class SnapshotWriter:
         hidden = self._root / f".{name}.tmp"
         shutil.rmtree(hidden, ignore_errors=True)
         try:
-            hidden.mkdir()
-            _write_files(hidden, state)
-            _seal(hidden, state.position.step, self._attempt.token, self._job)
-            self._attempt.require_current()
-            shutil.rmtree(self._root / name, ignore_errors=True)
-            hidden.rename(self._root / name)
-            sync(self._root)
-        except OSError as error:
-            raise storage_error(error, self._root) from error
+            with storing(self._root / name):
+                hidden.mkdir()
+                _write_files(hidden, state)
+                _seal(hidden, state.position.step, self._attempt.token, self._job)
+                self._attempt.require_current()
+                shutil.rmtree(self._root / name, ignore_errors=True)
+                hidden.rename(self._root / name)
+                sync(self._root)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
         self._saved_at = time.monotonic()
@@ -145,8 +148,10 @@ class SnapshotWriter:
         return self._root / name
 
     def _clear(self, newest: Path) -> None:
-        older = [folder for folder in snapshots_in(self._root) if folder != newest]
-        for folder in [*older[self._config.keep - 1 :], *self._root.glob(".step_*.tmp")]:
+        with storing(self._root, "read"):
+            older = [folder for folder in snapshots_in(self._root) if folder != newest]
+            torsos = list(self._root.glob(".step_*.tmp"))
+        for folder in [*older[self._config.keep - 1 :], *torsos]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -160,8 +165,16 @@ def step_of(folder: Path) -> int:
 
 
 def snapshots_in(root: Path) -> list[Path]:
-    """Return the snapshots' folders, newest first, verified or not."""
-    return sorted(root.glob("step_*"), key=lambda folder: folder.name, reverse=True)
+    """Return the snapshots' folders, newest first, verified or not.
+
+    Raises:
+        OSError: ``root`` cannot be read; from Python 3.13 on, `glob` would find it empty.
+    """
+    try:
+        folders = [path for path in root.iterdir() if path.name.startswith("step_")]
+    except FileNotFoundError:
+        return []
+    return sorted(folders, key=lambda folder: folder.name, reverse=True)
 
 
 def load_adapter(folder: Path) -> dict[str, Tensor]:
@@ -171,13 +184,20 @@ def load_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def newest_valid(scratch: Path, job: str, notes: list[str]) -> Path | None:
-    """Return the newest snapshot of which every byte is right; set damaged ones aside, aloud."""
-    for folder in snapshots_in(scratch / FOLDER):
+    """Return the newest snapshot of which every byte is right; set damaged ones aside, aloud.
+
+    Raises:
+        StoreError: Those that cannot be read cannot be set aside, either: it is not they.
+    """
+    with storing(scratch / FOLDER, "read"):
+        folders = snapshots_in(scratch / FOLDER)
+    for folder in folders:
         problem = damage(folder, job)
         if problem is None:
             return folder
+        with storing(folder):
+            folder.rename(folder.with_name(f"damaged_{folder.name}"))
         notes.append(f"Snapshot {folder.name} cannot be used: {problem}; trying the one before it.")
-        folder.rename(folder.with_name(f"damaged_{folder.name}"))
     return None
 
 
@@ -192,17 +212,31 @@ def damage(folder: Path, job: str) -> str | None:
         return "it belongs to another job or another version of this program"
     if folder.name != _name(manifest.step, manifest.attempt):
         return f"its {MANIFEST_FILE} is damaged, or another snapshot's"
-    for file in manifest.files:
-        path = folder / file.name
-        if not path.is_file():
-            return f"{file.name} is missing"
-        if path.stat().st_size != file.size_bytes or file_digest(path) != file.sha256:
-            return f"{file.name} is damaged"
-    return None
+    found = (_damage_of(folder / file.name, file) for file in manifest.files)
+    return next(filter(None, found), None)
+
+
+def _damage_of(path: Path, sealed: SnapshotFile) -> str | None:
+    try:
+        is_whole = path.stat().st_size == sealed.size_bytes and file_digest(path) == sealed.sha256
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    return None if is_whole else f"{path.name} is damaged"
 
 
 def load(folder: Path) -> TrainingState:
-    """Read a snapshot that `newest_valid` returned."""
+    """Read a snapshot that `newest_valid` returned.
+
+    Raises:
+        StoreError: This node cannot read it.
+    """
+    with storing(folder, "read"):
+        return _load(folder)
+
+
+def _load(folder: Path) -> TrainingState:
     saved = _State.model_validate_json((folder / _STATE).read_text("utf-8")).model_dump()
     numbers = saved.pop("optimizer_numbers")
     best = load_file(folder / _BEST) if (folder / _BEST).exists() else None

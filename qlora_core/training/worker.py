@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from qlora_core.artifacts import Incident
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.data.prepared import Rows, read_split
-from qlora_core.errors import DataError, ModelError, ResourceError
+from qlora_core.errors import DataError, ModelError, ResourceError, hiccups_told
 from qlora_core.modeling.dense import dense_weights
 from qlora_core.modeling.fusing import always_here, fused
 from qlora_core.modeling.heap import give_back_at_once
@@ -37,8 +36,6 @@ from qlora_core.training import snapshot
 from qlora_core.training.batching import Plan, plan_training
 from qlora_core.training.comm import Comm
 from qlora_core.training.desk import LastWord, job_fingerprint, open_desk
-from qlora_core.training.incidents import count, note
-from qlora_core.training.killed import killed_since_last_start
 from qlora_core.training.lanes import open_lanes
 from qlora_core.training.lookout import Lookout
 from qlora_core.training.loop import Position, Run, train
@@ -47,6 +44,7 @@ from qlora_core.training.objective import LossFunction
 from qlora_core.training.optimizer import FlatGradients, make_optimizer, restore
 from qlora_core.training.placing import Placement, demand_of, place_base
 from qlora_core.training.room import SMALLER, Demand, Room, find_room
+from qlora_core.training.start import agree_on_halvings, require_store
 from qlora_core.training.together import Together
 
 
@@ -79,13 +77,15 @@ def run_worker(
     Raises:
         TrainingError: The loss or a gradient is not finite.
         ResourceError: The device has too little memory.
-        StoreError: Snapshots or results cannot be written.
+        ClusterError: Nodes do not see the store.
+        StoreError: Snapshots or results cannot be written, or inputs not be read just now.
         LaunchError: A newer attempt has taken over, or other workers are gone.
     """
     notes: list[str] = []
     lookout = lookout or Lookout()
     with _memory_errors():
-        num_halvings = _agree_on_halvings(job, comm, launch, notes)
+        require_store(job, comm)
+        num_halvings = agree_on_halvings(job, comm, launch, notes)
         run = _prepare(job, comm, device, notes, cluster, num_halvings)
         position, steps = _go_on(run, job, notes)
         if comm.rank == 0:
@@ -112,29 +112,6 @@ def plan_of(job: TrainJob, num_rows: int) -> Plan:
     return plan_training(job.training, job.seed, num_rows)
 
 
-def _agree_on_halvings(job: TrainJob, comm: Comm, launch: str, notes: list[str]) -> int:
-    """Return how often passes were too large so far, now that all workers have looked around.
-
-    Raises:
-        ResourceError: They have one row already.
-    """
-    told = comm.gather(killed_since_last_start(job.scratch, launch, comm.rank))
-    num_halvings: int = comm.broadcast(count(job.scratch, "out_of_memory")) + any(told)
-    if job.training.micro_batch >> num_halvings == 0 and num_halvings:
-        raise ResourceError(
-            "A worker was killed for its memory, though passes have a single row.", fix=SMALLER
-        )
-    if comm.rank == 0 and any(told):
-        incident = Incident(
-            kind="out_of_memory",
-            what=f"The kernel killed worker {told.index(True)} or its neighbour for memory.",
-            remedy=f"Passes have at most {job.training.micro_batch >> num_halvings} rows.",
-            launch=launch,
-        )
-        notes.append(note(job.scratch, incident).sentence())
-    return num_halvings
-
-
 def _prepare(
     job: TrainJob,
     comm: Comm,
@@ -143,18 +120,21 @@ def _prepare(
     cluster: ClusterConfig,
     num_halvings: int,
 ) -> Run:
-    train_rows, heldout = read_split(job.data, "train"), read_split(job.data, "heldout")
+    with hiccups_told(job.data):
+        train_rows, heldout = read_split(job.data, "train"), read_split(job.data, "heldout")
     if not len(train_rows) or not len(heldout):
         raise DataError(
             f"There are {len(train_rows)} training and {len(heldout)} held-out rows.",
             fix="Training needs at least one of each; change dataset.heldout or give more rows.",
         )
-    place, base = place_base(job, cluster, train_rows, comm, device, notes), None
-    if place.is_sharded:
-        offloads = place.is_offloaded
-        loaded, base = load_in_parts(job.base, device, comm, notes, is_offloaded=offloads)
-    else:
-        loaded = load_base(job.base, device)
+    base = None
+    with hiccups_told(job.base):
+        place = place_base(job, cluster, train_rows, comm, device, notes)
+        if place.is_sharded:
+            offloads = place.is_offloaded
+            loaded, base = load_in_parts(job.base, device, comm, notes, is_offloaded=offloads)
+        else:
+            loaded = load_base(job.base, device)
     model = attach_adapter(loaded, job.adapter, job.seed)
     rows = (train_rows, heldout)
     return assemble(job, model, rows, comm, device, notes, num_halvings, base)

@@ -1,6 +1,8 @@
 """What the composition root decides: places, sources, retries, and what a produced artefact is."""
 
+import fcntl
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -74,7 +76,9 @@ class Kept(list):
 @pytest.fixture
 def workspace(config, tmp_path):
     progress = RunProgress(RecordingProgress())
-    services = Services(MemoryTracker(), MemoryRegistry(), launcher=None, progress=progress)
+    services = Services(
+        MemoryTracker(), MemoryRegistry(), launcher=None, progress=progress, check=progress.check
+    )
     return Workspace(config, Store(tmp_path / "store"), services, progress, Kept())
 
 
@@ -94,6 +98,32 @@ def test_a_stopped_run_ends_a_stage_at_its_next_report_and_starts_no_other(works
         workspace.produce("counted", count, 3)
     with pytest.raises(StoppedError):
         workspace.progress.update("count", 1, 2)
+
+
+def test_a_stage_that_waits_for_another_run_ends_soon_after_its_own_is_stopped(workspace):
+    key = workspace.store.key(count, 3)
+    lock = workspace.store.root / "count" / f".{key}.lock"
+    lock.parent.mkdir(parents=True)
+    threading.Timer(0.5, workspace.stop).start()
+
+    with lock.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        started = time.monotonic()
+        with pytest.raises(StoppedError, match="count was stopped"):
+            workspace.produce("counted", count, 3)
+
+    assert 0.4 < time.monotonic() - started < 2.5
+
+
+def test_a_run_that_is_opened_can_stop_what_waits(config):
+    with surrounded_by(Surroundings(RecordingProgress(), InProcessLauncher(SnapshotConfig()))):
+        opened = open_workspace(config, MemoryTracker(), {}, Kept())
+    opened.services.check("count")
+
+    opened.stop()
+
+    with pytest.raises(StoppedError):
+        opened.services.check("count")
 
 
 def test_what_a_stage_raises_because_it_was_stopped_is_told_as_that_and_not_retried(workspace):

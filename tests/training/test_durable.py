@@ -26,3 +26,14 @@ def test_room_that_was_taken_before_holds_a_text_when_there_is_none_left(tmp_pat
 def test_what_was_not_reserved_is_a_store_error(tmp_path):
     with pytest.raises(StoreError):
         durable.replace_reserved(tmp_path / "error.json", b"text")
+
+
+def test_what_cannot_be_synced_is_a_store_error(tmp_path, monkeypatch):
+    (tmp_path / "adapter").write_bytes(b"1")
+
+    def fails(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(StoreError, match=f"cannot write {tmp_path / 'adapter'}"):
+        durable.sync(tmp_path / "adapter")

@@ -1,9 +1,14 @@
 """What goes wrong is told apart, counted and kept."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
 from qlora_core.artifacts import Incident
 from qlora_core.config import SnapshotConfig
+from qlora_core.errors import ResourceError
+from qlora_core.training import killed
 from qlora_core.training.attempt import claim, next_launch
 from qlora_core.training.comm import Alone
 from qlora_core.training.desk import SUMMARY_FILE
@@ -11,6 +16,7 @@ from qlora_core.training.incidents import INCIDENTS_FILE, count, history, note
 from qlora_core.training.killed import killed_since_last_start
 from qlora_core.training.lookout import Lookout
 from qlora_core.training.snapshot import FOLDER, load, snapshots_in
+from qlora_core.training.start import agree_on_halvings
 from qlora_core.training.worker import run_worker
 from tests.training.fakes import run_on_threads
 
@@ -90,18 +96,150 @@ def test_a_worker_killed_for_memory_comes_back_with_half_the_rows_and_the_same_l
     )
 
 
-def test_the_kernels_kills_count_from_the_last_start_of_the_same_launch(tmp_path):
-    counter = tmp_path / "vmstat"
+class Kernel:
+    """Counts whom it has killed, as Linux does: in files below folders of ours."""
 
-    def start(num_killed: int, launch: str = "0001") -> bool:
-        counter.write_text(f"pgfault 12\noom_kill {num_killed}\n")
-        return killed_since_last_start(tmp_path, launch, 0, (tmp_path / "none", counter))
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._proc, self._cgroups = folder / "proc", folder / "cgroup"
+        (self._proc / "self").mkdir(parents=True)
+        (self._cgroups / "user.slice/session-3.scope").mkdir(parents=True)
+        self.lives_in("0::/")
+        monkeypatch.setattr(killed, "PROC", self._proc)
+        monkeypatch.setattr(killed, "CGROUPS", self._cgroups)
 
-    assert not start(7), "whatever happened before"
-    assert not start(7)
-    assert start(8)
-    assert not start(8)
-    assert not start(9, launch="0002"), "hours may lie between two launches"
+    def lives_in(self, stated: str) -> None:
+        (self._proc / "self/cgroup").write_text(f"1:cpu:/elsewhere\n{stated}\n")
+
+    def counts(self, *, machine: int, container: int | None = None, own: int | None = None) -> None:
+        (self._proc / "vmstat").write_text(f"pgfault 12\noom_kill {machine}\n")
+        for folder, num_killed in (("", container), ("user.slice/session-3.scope", own)):
+            if num_killed is not None:
+                text = f"low 0\noom {num_killed + 1}\noom_kill {num_killed}\n"
+                (self._cgroups / folder / "memory.events").write_text(text)
+
+
+@pytest.fixture
+def kernel(tmp_path, monkeypatch):
+    return Kernel(tmp_path / "kernel", monkeypatch)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start worker 0; return whose count has grown since it last started."""
+    (tmp_path / "scratch").mkdir()
+    return lambda launch="0001": killed_since_last_start(tmp_path / "scratch", launch, 0)
+
+
+def test_the_kernels_kills_count_from_the_last_start_of_the_same_launch(kernel, start):
+    kernel.counts(machine=7)
+    assert start() is None, "whatever happened before"
+    assert start() is None
+    kernel.counts(machine=8)
+    assert start() == "machine"
+    assert start() is None
+    kernel.counts(machine=9)
+    assert start("0002") is None, "hours may lie between two launches"
+
+
+def test_a_container_counts_its_own_kills_and_not_the_machines(kernel, start):
+    kernel.counts(machine=7, container=2)
+    start()
+    kernel.counts(machine=8, container=2)
+    assert start() is None
+    kernel.counts(machine=9, container=3)
+    assert start() == "container"
+
+
+def test_the_own_control_group_goes_before_that_of_all_of_the_container(kernel, start):
+    kernel.lives_in("0::/user.slice/session-3.scope")
+    kernel.counts(machine=7, container=2, own=1)
+    start()
+    kernel.counts(machine=8, container=3, own=1)
+    assert start() is None
+    kernel.counts(machine=9, container=4, own=2)
+    assert start() == "container"
+
+
+def test_where_another_group_counts_than_before_nothing_is_compared(kernel, start):
+    kernel.counts(machine=1)
+    start()
+    kernel.counts(machine=1, container=8)
+
+    assert start() is None
+
+
+def agree(job, launch: str) -> tuple[int, str]:
+    """Start once more; return the halvings, and what a person is told."""
+    notes: list[str] = []
+    return agree_on_halvings(job, Alone(), launch, notes), " ".join(notes)
+
+
+@pytest.mark.parametrize("whose", ["machine", "container"])
+def test_each_kill_halves_the_rows_of_a_pass_until_there_is_one(whose, kernel, make_job):
+    job, rows = make_job(micro_batch=4), []
+    launch = next_launch(job.scratch)
+    for num_killed in range(4):
+        kernel.counts(machine=num_killed, container=num_killed if whose == "container" else None)
+        rows.append(4 >> agree(job, launch)[0])
+
+    assert rows == [4, 2, 1, 1]
+
+
+def test_whom_the_machine_kills_never_ends_a_run_with_passes_of_one_row(kernel, make_job):
+    job = make_job(micro_batch=1)
+    launch = next_launch(job.scratch)
+    for num_killed in range(5):
+        kernel.counts(machine=num_killed)
+        run_worker(job, Alone(), RARELY, launch, CPU)
+
+    found = facts(job)
+    assert [incident.kind for incident in found.incidents] == ["killed_nearby"] * 4
+    assert found.num_rows_per_pass == 1
+    assert "maybe another's. Passes have one row already" in " ".join(found.notes)
+
+
+def test_what_the_container_kills_with_one_row_ends_a_run_the_second_time(kernel, make_job):
+    job = make_job(micro_batch=1)
+    launch = next_launch(job.scratch)
+    kernel.counts(machine=9, container=0)
+    agree(job, launch)
+    kernel.counts(machine=9, container=1)
+    num_halvings, told = agree(job, launch)
+    kernel.counts(machine=9, container=2)
+
+    with pytest.raises(ResourceError, match="a single row") as caught:
+        agree(job, launch)
+
+    assert (num_halvings, "going on as it is" in told) == (0, True)
+    assert "came back" in caught.value.why
+    assert "dataset.max_length" in caught.value.fix
+
+
+def test_a_run_that_ended_so_may_be_tried_again_with_more_memory(kernel, make_job):
+    job = make_job(micro_batch=1)
+    for num_killed in range(2):
+        kernel.counts(machine=0, container=num_killed)
+        agree(job, "0001")
+    kernel.counts(machine=0, container=2)
+    with pytest.raises(ResourceError):
+        agree(job, "0001")
+
+    assert agree(job, "0002") == (0, "")
+
+
+def test_kills_that_ray_told_the_launcher_of_end_the_call_they_happened_in(kernel, make_job):
+    kernel.counts(machine=0)
+    job = make_job(micro_batch=1)
+    by_ray = Incident(kind="out_of_memory", what="Ray killed a worker.", remedy="Smaller.")
+    note(job.scratch, by_ray.model_copy(update={"launch": "0001"}))
+    assert agree(job, "0002") == (0, "")
+    kernel.counts(machine=1)
+    assert "maybe another's" in agree(job, "0002")[1]
+    note(job.scratch, by_ray.model_copy(update={"launch": "0002"}))
+
+    with pytest.raises(ResourceError, match="a single row"):
+        agree(job, "0003")
+    assert agree(job, "0004") == (0, ""), "the next call, perhaps with more memory"
 
 
 def test_an_announced_preemption_saves_at_once_on_all_workers(make_job):

@@ -1,0 +1,104 @@
+"""What workers agree on when they start, before they load anything.
+
+Do all of them see the store? A node that joined late was never asked. And has one been killed for
+its memory? Then passes have half as many rows, until they have one; what is killed with that is
+given one more chance, as a neighbour may have taken the memory, and ends the run the second time.
+"""
+
+import socket
+from pathlib import Path
+
+from qlora_core.artifacts import Incident
+from qlora_core.errors import ClusterError, ResourceError, storing
+from qlora_core.ports import TrainJob
+from qlora_core.training.comm import Comm
+from qlora_core.training.incidents import count, ended_with, note
+from qlora_core.training.killed import Counted, killed_since_last_start
+from qlora_core.training.room import SMALLER
+
+_MOST_KILLED = 2
+"""With passes of one row."""
+
+
+def require_store(job: TrainJob, comm: Comm) -> None:
+    """Return once every worker sees the folder that the launcher has made.
+
+    Nothing is made here: a node without the store would find its own disk in order. All workers
+    raise together, as one that does not see the store cannot leave its error there.
+
+    Raises:
+        ClusterError: Nodes do not see it.
+        StoreError: It cannot be read just now.
+    """
+    with storing(job.scratch, "read"):
+        blind = _node_without(job.scratch)
+    if nodes := sorted(set(filter(None, comm.gather(blind)))):
+        raise ClusterError(
+            f"{job.scratch} is not there on {', '.join(nodes)}.",
+            why="The launcher made it in the store; every node must see the same store.",
+            fix="Mount the store at the same path there, for reading and writing, or name one that "
+            "every node sees (workspace.store, or QLORAFLOW_HOME).",
+        )
+
+
+def _node_without(folder: Path) -> str | None:
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return socket.gethostname()
+    return None
+
+
+def agree_on_halvings(job: TrainJob, comm: Comm, launch: str, notes: list[str]) -> int:
+    """Return how often the rows of a pass are halved, now that all workers have looked around.
+
+    Args:
+        job: What is trained.
+        comm: The line to the other workers.
+        launch: Name of this launch.
+        notes: Where a person is told of a kill.
+
+    Raises:
+        ResourceError: Workers were killed again and again, with passes of one row.
+        StoreError: The history cannot be read or written.
+    """
+    told = comm.gather(killed_since_last_start(job.scratch, launch, comm.rank))
+    before, is_launchers_word = comm.broadcast(_killed_before(job.scratch, launch))
+    most = job.training.micro_batch.bit_length() - 1
+    is_own, is_halved = "container" in told, any(told) and before < most
+    num_killed: int = before + (is_own or is_halved)
+    if num_killed >= most + _MOST_KILLED and (is_own or is_launchers_word):
+        raise ResourceError(
+            "Workers were killed for their memory, though passes have a single row.",
+            why="It came back after going on from the last snapshot.",
+            fix=SMALLER,
+        )
+    if comm.rank == 0 and any(told):
+        num_rows = job.training.micro_batch >> num_killed if is_halved else 0
+        incident = _incident(told, num_rows).model_copy(update={"launch": launch})
+        notes.append(note(job.scratch, incident).sentence())
+    return min(num_killed, most)
+
+
+def _killed_before(scratch: Path, launch: str) -> tuple[int, bool]:
+    """Return how often workers were killed, and whether the launcher says so of the last launch."""
+    return count(scratch, "out_of_memory"), ended_with(scratch, "out_of_memory", launch)
+
+
+def _incident(told: list[Counted | None], num_rows: int) -> Incident:
+    """Return what to write down.
+
+    Args:
+        told: By each worker.
+        num_rows: Of a pass from now on, at most; 0: it cannot have fewer.
+    """
+    is_own = "container" in told
+    rank = told.index("container" if is_own else "machine")
+    remedy = f"Passes have at most {num_rows} row{'s' if num_rows > 1 else ''}."
+    return Incident(
+        kind="out_of_memory" if is_own or num_rows else "killed_nearby",
+        what=f"The kernel killed worker {rank} or its neighbour for memory."
+        if is_own
+        else f"The kernel killed a process for memory where worker {rank} runs, maybe another's.",
+        remedy=remedy if num_rows else "Passes have one row already; going on as it is.",
+    )

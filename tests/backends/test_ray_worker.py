@@ -1,0 +1,89 @@
+"""What a worker does with an error, on a store that can hold it and on one that cannot."""
+
+import errno
+import json
+
+import pytest
+
+from qlora_core.backends import ray_worker
+from qlora_core.backends.ray_worker import RaySpec, WorkerOrder, train_on_worker
+from qlora_core.config import AdapterConfig, QuantizationConfig, SnapshotConfig, TrainingConfig
+from qlora_core.errors import StoreError, storage_error
+from qlora_core.ports import TrainJob
+from qlora_core.training.durable import reserve
+from tests.training.faulty_disk import FaultyDisk, numberless
+
+FULL = storage_error(OSError(errno.ENOSPC, "full"), "snapshots")
+
+
+@pytest.fixture
+def spec(tmp_path, monkeypatch):
+    def full(*_):
+        raise FULL
+
+    monkeypatch.setattr(ray_worker, "_train", full)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    job = TrainJob(
+        base=tmp_path,
+        data=tmp_path,
+        out=tmp_path / "out",
+        scratch=scratch,
+        quantization=QuantizationConfig(),
+        adapter=AdapterConfig(),
+        training=TrainingConfig(),
+        seed=0,
+    )
+    return RaySpec(job=job, snapshots=SnapshotConfig(), launch="0001", log=scratch / "ray.log")
+
+
+def train(spec: RaySpec) -> None:
+    train_on_worker(WorkerOrder(spec=spec).model_dump(mode="json"))
+
+
+def left(spec: RaySpec) -> list[dict[str, str]]:
+    return [json.loads(file.read_text()) for file in spec.job.scratch.glob("error*.json")]
+
+
+def test_an_error_that_is_final_is_left_for_the_launcher(spec):
+    with pytest.raises(StoreError, match="disk is full"):
+        train(spec)
+
+    assert left(spec) == [FULL.to_json()]
+
+
+def test_an_error_goes_into_the_room_that_was_taken_where_there_is_none_left(spec, monkeypatch):
+    reserve(spec.error_file)
+    disk = FaultyDisk((spec.job.scratch,)).install(monkeypatch)
+    disk.fail_at(f"open scratch/.{numberless(spec.error_file.name)}.tmp wb", errno.ENOSPC)
+
+    with pytest.raises(StoreError, match="disk is full"):
+        train(spec)
+
+    assert left(spec) == [FULL.to_json()]
+
+
+@pytest.mark.parametrize("is_reserved", [True, False])
+def test_where_no_error_can_be_left_ray_gets_the_error_itself(spec, is_reserved, monkeypatch):
+    """And brings it to the driver, after as many tries as it is allowed."""
+    if is_reserved:
+        reserve(spec.error_file)
+
+    def read_only(source, _):
+        raise OSError(errno.EROFS, "Read-only file system", str(source))
+
+    monkeypatch.setattr("os.replace", read_only)
+
+    with pytest.raises(StoreError) as caught:
+        train(spec)
+
+    assert caught.value.to_json() == FULL.to_json()
+    assert left(spec) == []
+
+
+def test_a_store_that_cannot_be_asked_for_an_error_is_told_as_that(spec, monkeypatch):
+    disk = FaultyDisk((spec.job.scratch,)).install(monkeypatch)
+    disk.fail_at(f"stat scratch/{numberless(spec.error_file.name)}", errno.ESTALE)
+
+    with pytest.raises(StoreError, match=r"cannot read .*lost track"):
+        train(spec)

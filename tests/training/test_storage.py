@@ -1,0 +1,295 @@
+"""A store that is full, read-only or away for a moment: told as such, and nothing is lost."""
+
+import errno
+import os
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_core.config import SnapshotConfig
+from qlora_core.errors import (
+    ArtifactError,
+    ClusterError,
+    CollectiveError,
+    QLoraError,
+    StoreError,
+    hiccups_told,
+)
+from qlora_core.ports import TrainJob
+from qlora_core.training import durable
+from qlora_core.training.attempt import claim, next_launch, read_record
+from qlora_core.training.comm import Alone
+from qlora_core.training.incidents import INCIDENTS_FILE, history
+from qlora_core.training.journal import Journal, Tail
+from qlora_core.training.killed import FOLDER as KILLED
+from qlora_core.training.killed import killed_since_last_start
+from qlora_core.training.snapshot import FOLDER, SnapshotWriter, newest_valid, snapshots_in
+from qlora_core.training.worker import run_worker
+from tests.training.fakes import ThreadComm, run_on_threads
+from tests.training.faulty_disk import FaultyDisk, numberless, reads
+from tests.training.steps import step_metrics
+
+CPU = torch.device("cpu")
+EVERY_STEP = SnapshotConfig(every_steps=1, keep=2)
+NO_FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def train(job: TrainJob, kill_after: int | None = None) -> None:
+    def on_step(metrics) -> None:
+        if metrics.step == kill_after:
+            raise Killed
+
+    launch = next_launch(job.scratch)
+    try:
+        run_worker(job, Alone(), EVERY_STEP, launch, CPU, on_step)
+    except Killed:
+        assert kill_after is not None
+
+
+def said_of_the_store(job: TrainJob) -> str:
+    """Train; return what went wrong with the store, if something did."""
+    try:
+        train(job)
+    except StoreError as error:
+        return error.what
+    return ""
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def resumable(make_job):
+    """Return a job that was killed after two of three steps, as often as it is asked for."""
+    killed = make_job("killed", max_steps=3)
+    train(killed, kill_after=2)
+    shutil.rmtree(killed.scratch / KILLED)  # to be made again
+
+    def again(name: str) -> TrainJob:
+        job = make_job(name, max_steps=3)
+        shutil.copytree(killed.scratch, job.scratch, dirs_exist_ok=True)
+        job.out.rmdir()
+        return job
+
+    return again
+
+
+def test_wherever_the_store_fails_it_is_said_and_the_next_try_ends_with_the_same_bytes(
+    resumable, tmp_path, monkeypatch
+):
+    whole = resumable("whole")
+    with monkeypatch.context() as watched:
+        disk = FaultyDisk((whole.scratch, whole.out)).install(watched)
+        train(whole)
+    operations = list(dict.fromkeys(disk.done))
+    assert {o.split()[0] for o in operations} >= {"open", "stat", "mkdir", "replace", "fsync"}
+    done_without = set()
+
+    for number, operation in enumerate(operations):
+        job = resumable(f"try{number}")
+        with monkeypatch.context() as watched:
+            disk = FaultyDisk((job.scratch, job.out)).install(watched)
+            disk.fail_at(operation, errno.ESTALE if reads(operation) else errno.ENOSPC)
+            said = said_of_the_store(job)
+        if said:
+            assert re.search("disk is full|lost track", said), f"{operation}: {said}"
+            assert str(tmp_path) in said, operation
+            if number % 8:
+                continue  # a further try for each takes a minute
+            train(job)
+        else:
+            done_without.add(operation)
+        assert files(job.out) == files(whole.out), operation
+
+    assert {o for o in done_without if "scratch/snapshots/step_" not in o} <= {
+        "mkdir scratch",  # is there already, as Python sees for itself
+        "mkdir scratch/snapshots",
+    }
+
+
+@NO_FULL
+@pytest.mark.parametrize(
+    "name", ["out/curve.jsonl", "scratch/.summary.json.tmp", "scratch/.ATTEMPT.tmp"]
+)
+def test_the_kernels_own_word_of_a_full_disk_is_passed_on_with_the_file_it_is_about(name, make_job):
+    job = make_job(max_steps=1)
+    launch = next_launch(job.scratch)
+    (job.scratch.parent / name).symlink_to("/dev/full")
+
+    with pytest.raises(StoreError, match="the disk is full") as caught:
+        run_worker(job, Alone(), EVERY_STEP, launch, CPU)
+
+    shown = name.replace("/.", "/").removesuffix(".tmp")
+    assert f"cannot write {job.scratch.parent / shown}:" in caught.value.what
+    assert "Free some space" in caught.value.fix
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EDQUOT, errno.EIO, errno.ESTALE])
+def test_a_rename_that_fails_leaves_what_was_there(code, tmp_path, monkeypatch):
+    durable.replace_durably(tmp_path / "summary.json", b"old")
+    FaultyDisk((tmp_path,)).install(monkeypatch).fail_at(
+        numberless(f"replace {tmp_path.name}/.summary.json.tmp"), code
+    )
+    with pytest.raises(StoreError, match=r"cannot write .*/summary\.json: "):
+        durable.replace_durably(tmp_path / "summary.json", b"new")
+
+    assert (tmp_path / "summary.json").read_bytes() == b"old"
+
+
+def test_no_room_for_the_snapshots_folder_is_said(tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    next_launch(scratch)
+    attempt = claim(scratch, "0001", 0)
+    FaultyDisk((scratch,)).install(monkeypatch).fail_at("mkdir scratch/snapshots", errno.ENOSPC)
+
+    with pytest.raises(StoreError, match="snapshots: the disk is full"):
+        SnapshotWriter(scratch, EVERY_STEP, attempt, "job")
+
+
+def test_a_snapshot_that_cannot_be_set_aside_is_not_taken_for_damaged(resumable, monkeypatch):
+    job, notes = resumable("job"), []
+    before = snapshots_in(job.scratch / FOLDER)
+    unreadable = "open scratch/snapshots/step_#-#.#/adapter.safetensors rb"
+    with monkeypatch.context() as watched:
+        real_rename = os.rename
+        disk = FaultyDisk((job.scratch,)).install(watched)
+        disk.fail_at(unreadable, errno.EIO)
+
+        def away(source, target, **keywords):
+            if "snapshots" in str(source):
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(source))
+            real_rename(source, target, **keywords)
+
+        watched.setattr(os, "rename", away)
+        with pytest.raises(StoreError, match="has failed"):
+            newest_valid(job.scratch, "any job", notes)
+
+    assert snapshots_in(job.scratch / FOLDER) == before
+    assert notes == []
+
+
+def test_a_snapshots_folder_that_cannot_be_listed_is_not_an_empty_one(resumable, monkeypatch):
+    job = resumable("job")
+    FaultyDisk((job.scratch,)).install(monkeypatch).fail_at(
+        "listdir scratch/snapshots", errno.ESTALE
+    )
+    with pytest.raises(StoreError, match=r"cannot read .*/snapshots: "):
+        newest_valid(job.scratch, "any job", [])
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [
+        (read_record, "ATTEMPT"),
+        (history, INCIDENTS_FILE),
+        (lambda scratch: list(Tail(scratch / "journal.jsonl").lines()), "journal.jsonl"),
+    ],
+)
+def test_what_cannot_be_read_is_not_taken_for_missing(read, name, code, tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    read(scratch)  # nothing there: nothing known
+    (scratch / name).write_text("")
+    mode = "rb" if name != INCIDENTS_FILE else "r"
+    FaultyDisk((scratch,)).install(monkeypatch).fail_at(f"open scratch/{name} {mode}", code)
+
+    with pytest.raises(StoreError, match=f"cannot read {scratch / name}"):
+        read(scratch)
+
+
+def test_a_journal_that_was_replaced_while_it_was_read_is_read_again(tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    journal, tail = Journal(scratch / "journal.jsonl"), Tail(scratch / "journal.jsonl")
+    journal.append(step_metrics(1))
+    FaultyDisk((scratch,)).install(monkeypatch).fail_at(
+        "open scratch/journal.jsonl rb", errno.ESTALE
+    )
+
+    assert list(tail.lines()) == []
+    assert len(list(tail.lines())) == 1
+
+
+def test_an_input_that_is_missing_is_told_as_that_and_one_out_of_reach_as_the_stores(
+    make_job, tmp_path, monkeypatch
+):
+    lost = make_job("lost").model_copy(update={"data": tmp_path / "nowhere"})
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        train(lost)
+
+    away = make_job("away")
+    disk = FaultyDisk((away.base,)).install(monkeypatch)
+    disk.fail_at(numberless(f"open {away.base.name}/model/config.json"), errno.ESTALE)
+    with pytest.raises(StoreError, match=f"cannot read {away.base}: .*lost track"):
+        train(away)
+
+
+@pytest.mark.parametrize(
+    ("behind", "told"),
+    [
+        (OSError(errno.ESTALE, "stale"), StoreError),
+        (OSError(errno.ENOENT, "gone"), ArtifactError),
+        (ValueError("no JSON"), ArtifactError),
+        (RuntimeError("I/O error: Input/output error (os error 5)"), StoreError),
+    ],
+)
+def test_what_is_behind_an_inputs_error_decides_whose_it_is(behind, told):
+    def read() -> None:
+        try:
+            raise behind
+        except Exception:
+            raise ArtifactError("it cannot be read") from None
+
+    with pytest.raises(told), hiccups_told("/store/base"):
+        read()
+
+
+def test_a_lost_peer_is_not_taken_for_a_lost_disk():
+    with pytest.raises(CollectiveError), hiccups_told("/store/base"):
+        raise CollectiveError("no answer") from TimeoutError(errno.ETIMEDOUT, "timed out")
+
+
+def blinded(job: TrainJob, folder: Path) -> TrainJob:
+    """Return the job as a node sees it that has the inputs, but not the store."""
+    return job.model_copy(update={"scratch": folder / "store" / "scratch", "out": folder / "out"})
+
+
+def test_a_node_without_the_store_is_named_by_all_workers_and_nothing_is_made_there(
+    make_job, tmp_path
+):
+    job, told = make_job(), []
+    launch = next_launch(job.scratch)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    here = blinded(job, elsewhere)
+
+    def work(comm: ThreadComm) -> None:
+        try:
+            run_worker(here if comm.rank else job, comm, EVERY_STEP, launch, CPU)
+        except QLoraError as error:
+            told.append(error)
+
+    run_on_threads(2, work)
+
+    assert [type(error) for error in told] == [ClusterError, ClusterError]
+    assert all(f"is not there on {socket.gethostname()}" in error.what for error in told)
+    assert {str(here.scratch), str(job.scratch)} >= {e.what.partition(" is")[0] for e in told}
+    assert all("every node must see the same store" in error.why for error in told)
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_count_of_kills_is_no_reason_to_make_the_store(tmp_path):
+    with pytest.raises(StoreError):
+        killed_since_last_start(tmp_path / "store" / "scratch", "0001", 0)
+
+    assert list(tmp_path.iterdir()) == []
