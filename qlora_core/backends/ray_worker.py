@@ -151,8 +151,9 @@ def _leave(spec: RaySpec, error: QLoraError, before: int) -> None:
     from qlora_core.fingerprint import canonical_json
     from qlora_core.training.durable import replace_durably, replace_reserved
 
-    if _num_attempts(spec) > before + 1:
-        return  # this worker was cut off, and what it met is its own trouble
+    with suppress(StoreError):  # who cannot read cannot write, either; or can again
+        if _num_attempts(spec) > before + 1:
+            return  # this worker was cut off, and what it met is its own trouble
     text = canonical_json(error.to_json()).encode()
     try:
         replace_durably(spec.error_file, text)

@@ -1,6 +1,7 @@
 """Train a LoRA adapter on the frozen, quantised base."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from qlora_core.artifacts import (
     AdapterCheckpoint,
@@ -10,6 +11,7 @@ from qlora_core.artifacts import (
     QuantizedBase,
 )
 from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
+from qlora_core.errors import StoreError
 from qlora_core.ports import Context, StepMetrics, TrainJob, stage
 from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.incidents import history
@@ -53,7 +55,8 @@ def train_adapter(
     try:
         ctx.launcher.train(job, _listener(ctx, validations))
     finally:  # of a training that they ended, too
-        ctx.tracker.set_tags(incident_tags(history(ctx.scratch)))
+        with suppress(StoreError):  # what ended it matters more
+            ctx.tracker.set_tags(incident_tags(history(ctx.scratch)))
     _pass_on(ctx, validations)
     summary = (ctx.scratch / SUMMARY_FILE).read_text("utf-8")
     return AdapterCheckpoint.model_validate_json(summary)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from qlora_core.artifacts import AdapterCheckpoint, Frozen, Incident
 from qlora_core.config import SnapshotConfig
+from qlora_core.errors import storing
 from qlora_core.fingerprint import fingerprint
 from qlora_core.modeling.lora import save_adapter
 from qlora_core.ports import StepMetrics, TrainJob
