@@ -176,6 +176,7 @@ def open_workspace(
         launcher=around.launcher or _launcher(config, progress, around.waiting),
         progress=progress,
         crew=None if around.launcher else _crew(config, progress),
+        offloads_base=config.cluster.offload_base,
     )
     return Workspace(config, Store(places.store_root(config), provenance), services, progress, keep)
 

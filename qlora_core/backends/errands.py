@@ -9,9 +9,27 @@ smallest pass cannot fit, and what is tight is left to the worker, who finds its
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from qlora_core.backends.host_room import HostNeed
 from qlora_core.config import ClusterConfig
 from qlora_core.ports import AskJob, TrainJob
+
+if TYPE_CHECKING:
+    from qlora_core.modeling.hosted import BaseNeeds
+    from qlora_core.training.room import Demand
+
+_SMALLER_QUESTIONS = "Try a lower evaluation.batch_size or evaluation.max_new_tokens."
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a worker needs at least."""
+
+    least_bytes: int | None
+    """Of its GPU's memory, or of the machine's without one; none: only loading the model tells."""
+    host: HostNeed | None = None
+    """Of the machine's, beside a GPU that does not hold the base."""
 
 
 @dataclass(frozen=True)
@@ -24,39 +42,99 @@ class Errand:
     """What workers read."""
     compute_dtype: str
     """Of products."""
-    least_bytes: Callable[[], int | None]
-    """Counts what a worker needs at least; takes seconds. None: only loading the model can tell."""
+    needs: Callable[[], Needs]
+    """Counts what a worker needs at least; takes seconds."""
     smaller: str = ""
     """How to need less."""
 
 
-def training_errand(job: TrainJob, cluster: ClusterConfig, cpus: int, gpus: float) -> Errand:
-    """Return what ``job`` asks of nodes, on workers with so many CPUs and GPUs."""
+def training_errand(
+    job: TrainJob, cluster: ClusterConfig, cpus: int, gpus: float, *, is_judged: bool = False
+) -> Errand:
+    """Return what ``job`` asks of nodes.
+
+    Args:
+        job: What to train.
+        cluster: How many workers, and where the base shall lie.
+        cpus: Of a worker.
+        gpus: Of a worker.
+        is_judged: A worker more measures its snapshots, with a base of its own.
+    """
     from qlora_core.training.room import SMALLER
 
-    def least_bytes() -> int | None:
-        return _least_of_training(job, cluster, cpus, "cuda" if gpus else "cpu")
+    def needs() -> Needs:
+        demand = _demand(job, cluster, cpus, "cuda" if gpus else "cpu")
+        if demand is None:
+            return Needs(None)
+        least = _least_of_training(demand, cluster)
+        if least is None or not (is_judged and gpus):
+            return Needs(least)
+        of_judge = _needs_of_judge(demand, cluster)
+        assert of_judge.least_bytes is not None  # noqa: S101  # as its shape is known
+        return Needs(max(least, of_judge.least_bytes), of_judge.host)
 
     return Errand(
         scratch=job.scratch,
         folders=(job.base, job.data),
         compute_dtype=job.quantization.compute_dtype,
-        least_bytes=least_bytes,
+        needs=needs,
         smaller=SMALLER,
     )
 
 
-def asking_errand(job: AskJob) -> Errand:
-    """Return what ``job`` asks of nodes: room for the weights, whatever the batches are."""
+def asking_errand(job: AskJob, gpus: float) -> Errand:
+    """Return what ``job`` asks of nodes: room for the weights, whatever the batches are.
 
-    def least_bytes() -> int:
-        return sum(file.stat().st_size for file in (job.model / "model").glob("*.safetensors"))
+    A 4-bit base need not fit on a GPU; then its batches count, and the host's memory.
+
+    Args:
+        job: What is asked of which model.
+        gpus: Of a worker.
+    """
+
+    def needs() -> Needs:
+        return (_needs_of_base(job) if gpus else None) or Needs(_stored_bytes(job.model))
 
     folders = (job.model, job.data, *([job.adapter] if job.adapter else []))
-    return Errand(job.scratch, folders, compute_dtype="", least_bytes=least_bytes)
+    return Errand(job.scratch, folders, "", needs, smaller=_SMALLER_QUESTIONS if gpus else "")
 
 
-def _least_of_training(job: TrainJob, cluster: ClusterConfig, cpus: int, device: str) -> int | None:
+def _stored_bytes(model: Path) -> int:
+    return sum(file.stat().st_size for file in (model / "model").glob("*.safetensors"))
+
+
+def _needs_of_base(job: AskJob) -> Needs | None:
+    """Return what a worker on a GPU needs; none where the base is on the GPU in any case."""
+    from qlora_core.evaluation.questions import read_questions
+    from qlora_core.evaluation.room import needs_of
+
+    if job.is_merged:
+        return None
+    found = needs_of(job, read_questions(job.evaluation, job.data))
+    if found is None or found.hosted is None:
+        return None
+    return _least(found, wants_host=job.offloads_base, of_each=True)
+
+
+def _needs_of_judge(demand: "Demand", cluster: ClusterConfig) -> Needs:
+    from qlora_core.training.placing import judged_needs
+
+    return _least(judged_needs(demand), wants_host=cluster.offload_base, of_each=False)
+
+
+def _least(found: "BaseNeeds", *, wants_host: bool, of_each: bool) -> Needs:
+    """Return the least of a GPU, and of its host if that holds the base."""
+    whole_bytes = found.whole.total
+    if found.hosted is None:
+        return Needs(whole_bytes)
+    hosted_bytes = found.hosted.total
+    enough = None if wants_host else found.enough_gpu_bytes
+    host = HostNeed(size_bytes=found.host_bytes, enough_gpu_bytes=enough, of_each=of_each)
+    return Needs(hosted_bytes if wants_host else min(whole_bytes, hosted_bytes), host)
+
+
+def _demand(job: TrainJob, cluster: ClusterConfig, cpus: int, device: str) -> "Demand | None":
+    """Return what is trained; none of a model that brings code, which workers alone can build."""
     from transformers import AutoConfig
 
     from qlora_core.data.prepared import read_split
@@ -64,13 +142,12 @@ def _least_of_training(job: TrainJob, cluster: ClusterConfig, cpus: int, device:
     from qlora_core.modeling.shape import shape_of
     from qlora_core.training.batching import plan_training
     from qlora_core.training.room import Demand
-    from qlora_core.training.strategies import strategy_needs
 
     folder, is_gpu = job.base / "model", device == "cuda"
     if any(folder.glob("*.py")):
-        return None  # a model that brings code is built by workers alone
+        return None
     rows = read_split(job.data, "train")
-    demand = Demand(
+    return Demand(
         shape=shape_of(AutoConfig.from_pretrained(folder), job.quantization, job.adapter),
         quantization=job.quantization,
         adapter=job.adapter,
@@ -83,5 +160,10 @@ def _least_of_training(job: TrainJob, cluster: ClusterConfig, cpus: int, device:
         shares_prefix=not is_gpu and not job.adapter.dropout,
         offloads_base=cluster.offload_base and is_gpu,
     )
+
+
+def _least_of_training(demand: "Demand", cluster: ClusterConfig) -> int | None:
+    from qlora_core.training.strategies import strategy_needs
+
     needs = {need.strategy: need.estimate.total for need in strategy_needs(demand, memory_bytes=0)}
     return min(needs.values()) if cluster.strategy == "auto" else needs.get(cluster.strategy)

@@ -32,16 +32,18 @@ class SnapshotJudge:
     Args:
         job: A `TrainJob` in JSON.
         num_threads: The cores it owns.
+        offloads_base: As `cluster.offload_base`.
     """
 
-    def __init__(self, job: str, num_threads: int) -> None:
+    def __init__(self, job: str, num_threads: int, *, offloads_base: bool) -> None:
         import torch
 
         from qlora_core.training.validating import open_validator
 
         torch.set_num_threads(num_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._open = open_validator(TrainJob.model_validate_json(job), device)
+        parsed = TrainJob.model_validate_json(job)
+        self._open = open_validator(parsed, device, offloads_base=offloads_base)
         self._validate = self._open.__enter__()
 
     def measure(self, folder: str) -> str:
@@ -133,7 +135,7 @@ class _Beside(threading.Thread):
     def _measure_new_ones(self, spec: RaySpec) -> None:
         actor: Any = ray.remote(SnapshotJudge)
         judge = actor.options(num_cpus=self._booked, num_gpus=self._gpus).remote(
-            spec.job.model_dump_json(), self._cpus
+            spec.job.model_dump_json(), self._cpus, offloads_base=spec.cluster.offload_base
         )
         try:
             while not self._over.wait(_POLL_S):

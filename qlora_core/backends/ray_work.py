@@ -42,10 +42,12 @@ def carry_out(cluster: ClusterConfig, spec: Spec) -> None:
     if isinstance(spec, AskSpec):
         from qlora_core.backends.ray_asking import ask_on_cluster
 
-        require_ready(cluster, asking_errand(spec.job), cpus, gpus)
+        require_ready(cluster, asking_errand(spec.job, gpus), cpus, gpus)
         ask_on_cluster(cluster, spec, cpus, gpus)
         return
-    require_ready(cluster, training_errand(spec.job, cluster, cpus, gpus), cpus, gpus)
+    is_judged = spec.snapshots.validate_beside
+    errand = training_errand(spec.job, cluster, cpus, gpus, is_judged=is_judged)
+    require_ready(cluster, errand, cpus, gpus)
     storage = spec.job.scratch / "ray"
     with beside(cluster, lambda: spec, cpus, gpus):
         failure = fit(cluster, WorkerOrder(spec=spec, num_threads=cpus), gpus, storage)

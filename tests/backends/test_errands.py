@@ -17,7 +17,7 @@ def test_the_least_of_a_training_is_what_a_worker_plans_for_its_smallest_pass(ma
     job = make_job("small", micro_batch=1, checkpointing="on")
     job = job.model_copy(update={"quantization": QuantizationConfig(keep_dequantized="off")})
 
-    least = training_errand(job, CLUSTER, cpus=1, gpus=0.0).least_bytes()
+    least = training_errand(job, CLUSTER, cpus=1, gpus=0.0).needs().least_bytes
     InProcessLauncher(SnapshotConfig()).train(job, lambda _: None)
 
     summary = AdapterCheckpoint.model_validate_json((job.scratch / SUMMARY_FILE).read_text())
@@ -26,7 +26,7 @@ def test_the_least_of_a_training_is_what_a_worker_plans_for_its_smallest_pass(ma
 
 def test_larger_micro_batches_need_no_more_at_least_as_passes_can_be_smaller(make_job):
     one, four = (
-        training_errand(make_job(str(n), micro_batch=n), CLUSTER, cpus=1, gpus=0.0).least_bytes()
+        training_errand(make_job(str(n), micro_batch=n), CLUSTER, cpus=1, gpus=0.0).needs().least_bytes
         for n in (1, 4)
     )
 
@@ -40,7 +40,7 @@ def test_a_model_that_brings_its_own_code_is_measured_by_workers_alone(make_job,
 
     mine = job.model_copy(update={"base": tmp_path / "base"})
 
-    assert training_errand(mine, CLUSTER, cpus=1, gpus=0.0).least_bytes() is None
+    assert training_errand(mine, CLUSTER, cpus=1, gpus=0.0).needs().least_bytes is None
 
 
 def test_an_evaluation_reads_model_adapter_and_data_and_holds_the_weights(make_job, tmp_path):
@@ -55,8 +55,8 @@ def test_an_evaluation_reads_model_adapter_and_data_and_holds_the_weights(make_j
         scratch=job.scratch,
     )
 
-    errand = asking_errand(asked)
+    errand = asking_errand(asked, gpus=0.0)
 
     assert errand.folders == (job.base, job.data, tmp_path)
     weights = [path for path in job.base.rglob("*") if path.suffix == ".safetensors"]
-    assert errand.least_bytes() == sum(len(path.read_bytes()) for path in weights) > 0
+    assert errand.needs().least_bytes == sum(len(path.read_bytes()) for path in weights) > 0
