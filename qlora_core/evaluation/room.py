@@ -160,7 +160,9 @@ def planned_notes(
     notes, usable_bytes = [], int(USABLE * gpu_free_bytes)
     if needs.hosted is None and needs.whole.total > usable_bytes:
         free = f"{needs.enough_gpu_bytes / 1e9:.0f} GB free"
-        notes.append(f"Evaluation takes a GPU with {free}: the host cannot hold {needs.obstacle}.")
+        notes.append(
+            f"Evaluation takes a GPU with {free}, as no host can hold this base: {needs.obstacle}."
+        )
     elif needs.hosted is not None and (wants_host or needs.whole.total > usable_bytes):
         notes.append(f"In evaluation {hosted_note(needs, wants_host=wants_host)}.")
         if needs.hosted.total > usable_bytes:
