@@ -7,7 +7,7 @@ from qlora_core.backends.in_process import InProcessLauncher
 from qlora_core.config import AdapterConfig, SnapshotConfig
 from qlora_core.data.prepared import read_split
 from qlora_core.errors import ResourceError
-from qlora_core.modeling.hosted import BasePlace
+from qlora_core.modeling.hosted import BasePlace, load_hosted
 from qlora_core.training import placing, validating
 from qlora_core.training.placing import place_judged_base
 from qlora_core.training.snapshot import FOLDER, snapshots_in, step_of
@@ -44,9 +44,20 @@ def test_a_base_that_lies_with_the_host_gives_the_same_losses_and_the_first_says
         whole = [validate(folder) for folder in folders]
     place = BasePlace(is_hosted=True, notes=("it lies with the host",))
     monkeypatch.setattr(validating, "place_judged_base", lambda *_, **__: place)
+    bases = []
+
+    def loading(*given):
+        model, base = load_hosted(*given)
+        bases.append(base)
+        return model, base
+
+    monkeypatch.setattr(validating, "load_hosted", loading)
     with open_validator(job, CPU) as validate:
         hosted = [validate(folder) for folder in folders]
 
+    (base,) = bases
+    assert base.num_gathered_bytes >= len(folders) * base.part_bytes
+    assert base.present_bytes == 0
     assert [each.heldout_loss for each in hosted] == [each.heldout_loss for each in whole]
     assert [each.note for each in hosted] == ["Beside training it lies with the host.", *[""] * 5]
     assert not any(each.note for each in whole)
