@@ -24,11 +24,11 @@ from qlora_core.config import RunConfig
 from qlora_core.data.prepared import read_split
 from qlora_core.modeling.dtypes import compute_dtype_name, present_device_type
 from qlora_core.modeling.loading import load_config
+from qlora_core.modeling.machine import total_bytes
 from qlora_core.modeling.shape import shape_of
 from qlora_core.plan import Device, Plan, RawSize, Role, plan_run
 from qlora_core.ports import Stage
 from qlora_core.store import Store
-from qlora_core.training.memory import total_bytes
 from tasks import places, stages
 from tasks.progress import RunProgress
 from tasks.wiring import Workspace, find_sources, require_workers, resolved_quantization

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from flows.planning import device_of
 from flows.quantities import count
@@ -51,8 +52,9 @@ def show_shape_plan(console: Console, plan: ShapePlan) -> None:
     )
     console.print(strategies_table(plan.strategies, plan.device))
     console.print(f"cluster.strategy would be {plan.chosen}.", highlight=False)
-    console.print(
-        "[dim]- Activations, logits and workspace are approximate; all other memory is exact. Of "
-        "a sharded base, two blocks are whole on each worker at a time.[/]",
-        highlight=False,
+    exact = (
+        "Activations, logits and workspace are approximate; all other memory is exact. Of a "
+        "sharded base, two blocks are whole on each worker at a time."
     )
+    for note in (exact, *plan.notes):
+        console.print(f"[dim]- {escape(note)}[/]", highlight=False)

@@ -15,10 +15,17 @@ from typing import Literal
 from qlora_core.artifacts import Frozen, PreparedDataset
 from qlora_core.config import RunConfig
 from qlora_core.data.prepared import Rows
-from qlora_core.modeling.memory import MemoryEstimate, Workload, estimate_full, estimate_lora
+from qlora_core.evaluation.room import planned_notes
+from qlora_core.modeling.memory import (
+    USABLE,
+    MemoryEstimate,
+    Workload,
+    estimate_full,
+    estimate_lora,
+)
 from qlora_core.modeling.shape import Shape
 from qlora_core.training.batching import plan_training
-from qlora_core.training.room import USABLE, Demand, Room, find_room
+from qlora_core.training.room import Demand, Room, find_room
 from qlora_core.training.strategies import StrategyNeed, is_sharded, strategy_needs
 
 Role = Literal[
@@ -161,7 +168,12 @@ def plan_run(
         workload=room.workload,
         memory=_estimates(config, shape, room),
         strategies=needs,
-        notes=(*_notes(training), *divided, *room.notes(config.training)),
+        notes=(
+            *_notes(training),
+            *divided,
+            *room.notes(config.training),
+            *_asking_notes(config, shape, device, demand.max_length),
+        ),
     )
 
 
@@ -176,6 +188,7 @@ class ShapePlan(Frozen):
     strategies: tuple[StrategyNeed, ...]
     chosen: Literal["ddp", "fsdp"]
     """By the recipe's `cluster.strategy`."""
+    notes: tuple[str, ...] = ()
 
 
 def plan_shape(config: RunConfig, *, model: str, shape: Shape, device: Device) -> ShapePlan:
@@ -196,6 +209,7 @@ def plan_shape(config: RunConfig, *, model: str, shape: Shape, device: Device) -
         max_length=config.dataset.max_length,
         strategies=needs,
         chosen="fsdp" if is_sharded(config.cluster, needs) else "ddp",
+        notes=tuple(_asking_notes(config, shape, device, demand.max_length)),
     )
 
 
@@ -306,6 +320,12 @@ def _estimates(config: RunConfig, shape: Shape, room: Room) -> tuple[MemoryEstim
         estimate_lora(shape, config.adapter, config.training, room.workload),
         estimate_full(shape, room.workload),
     )
+
+
+def _asking_notes(config: RunConfig, shape: Shape, device: Device, longest: int) -> list[str]:
+    if device.kind == "cpu":
+        return []
+    return planned_notes(config, shape, device.compute_dtype, device.memory_bytes, longest)
 
 
 def _notes(training: TrainingSize | None) -> list[str]:

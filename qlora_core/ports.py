@@ -103,6 +103,8 @@ class AskJob(Frozen):
     """Digest of what is asked, so that no worker asks another dataset."""
     scratch: Path
     """Where replies are kept; it outlasts a killed attempt."""
+    offloads_base: bool = False
+    """A 4-bit base lies in the memory of a GPU's host, though it may fit on the GPU."""
 
     def absolute(self) -> "AskJob":
         """Return the job with absolute paths: workers run elsewhere."""
@@ -137,6 +139,8 @@ class Reply(Frozen):
     """Of each row: negative log-likelihood of its supervised tokens."""
     answers: tuple[Answer, ...] = ()
     """To each prompt."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of how it was asked; the same with every reply of a worker."""
 
 
 class Crew(Protocol):
@@ -234,6 +238,8 @@ class Services:
     """None: a stage asks its model by itself, in this process."""
     check: Callable[[str], None] = lambda _: None
     """Called with a stage's name about every second while it waits; what it raises ends that."""
+    offloads_base: bool = False
+    """Models are asked with their 4-bit base in the host's memory, as `cluster.offload_base`."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +256,8 @@ class Context:
     progress: Progress
     crew: Crew | None = None
     """None: the stage asks its model by itself, in this process."""
+    offloads_base: bool = False
+    """Models are asked with their 4-bit base in the host's memory."""
 
 
 @dataclass(frozen=True)

@@ -192,6 +192,7 @@ class Store:
             launcher=services.launcher,
             progress=services.progress,
             crew=services.crew,
+            offloads_base=services.offloads_base,
         )
         try:
             facts = stage.run(context, **inputs)  # type: ignore[call-arg]  # bound by name above

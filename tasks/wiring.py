@@ -177,6 +177,7 @@ def open_workspace(
         progress=progress,
         crew=None if around.launcher else _crew(config, progress),
         check=progress.check,
+        offloads_base=config.cluster.offload_base,
     )
     return Workspace(config, Store(places.store_root(config), provenance), services, progress, keep)
 

@@ -2,7 +2,7 @@ import pytest
 from transformers import LlamaConfig
 
 from qlora_core.artifacts import PreparedDataset, SplitFacts
-from qlora_core.config import RunConfig
+from qlora_core.config import AdapterConfig, ClusterConfig, RunConfig
 from qlora_core.modeling.shape import published_config, shape_of
 from qlora_core.plan import (
     Device,
@@ -312,6 +312,45 @@ def test_parts_in_the_hosts_memory_let_a_70b_model_fit_two_small_gpus():
 
     assert not fits()
     assert fits(offload_base=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "gpu_gb", "said"),
+    [
+        ("8b", 80, []),
+        ("405b", 80, ["lies in the host's memory (270.58 GB)", "merge.enabled=false"]),
+        ("70b", 80, ["merge.enabled=false"]),
+        ("8b", 5, ["in the host's memory", "evaluation.batch_size", "merge.enabled=false"]),
+    ],
+)
+def test_a_shape_too_large_for_the_gpu_is_told_where_evaluation_keeps_its_base(size, gpu_gb, said):
+    gpu = H100.model_copy(update={"memory_bytes": gpu_gb * 10**9})
+    config = recipe(cluster={"workers": 8})
+    shape = shape_of(published_config(size), config.quantization, config.adapter)
+
+    made = plan_shape(config, model=size, shape=shape, device=gpu)
+
+    assert len(made.notes) == len(said)
+    assert all(part in note for part, note in zip(said, made.notes, strict=True))
+
+
+def test_a_recipe_too_large_for_the_gpu_is_told_where_evaluation_keeps_its_base():
+    small = H100.model_copy(update={"memory_bytes": 6 * 10**9})
+
+    def told(config: RunConfig, device=small) -> list[str]:
+        notes = plan(config, device=device, data=prepared()).notes
+        return [note for note in notes if "valuation" in note or "merge.enabled" in note]
+
+    unmerged = recipe(merge={"enabled": False}, evaluation={"batch_size": 1})
+    hosted, merging = told(recipe(evaluation={"batch_size": 1}))
+    assert "whole it takes a GPU with" in hosted
+    assert "merge.enabled=false" in merging
+    assert told(unmerged) == [hosted]
+    (needs_whole,) = told(unmerged.model_copy(update={"adapter": AdapterConfig(dora=True)}))
+    assert "adapter.dora=true" in needs_whole
+    wanting = unmerged.model_copy(update={"cluster": ClusterConfig(offload_base=True)})
+    assert "cluster.offload_base asks for it" in told(wanting, device=H100)[0]
+    assert told(recipe(), device=CPU) == []
 
 
 def test_a_plan_is_plain_data():

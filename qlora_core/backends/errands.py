@@ -10,8 +10,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_core.backends.host_room import HostNeed
 from qlora_core.config import ClusterConfig
 from qlora_core.ports import AskJob, TrainJob
+
+_SMALLER_QUESTIONS = "Try a lower evaluation.batch_size or evaluation.max_new_tokens."
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a worker needs at least."""
+
+    least_bytes: int | None
+    """Of its GPU's memory, or of the machine's without one; none: only loading the model tells."""
+    host: HostNeed | None = None
+    """Of the machine's, beside a GPU that does not hold the base."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +37,8 @@ class Errand:
     """What workers read."""
     compute_dtype: str
     """Of products."""
-    least_bytes: Callable[[], int | None]
-    """Counts what a worker needs at least; takes seconds. None: only loading the model can tell."""
+    needs: Callable[[], Needs]
+    """Counts what a worker needs at least; takes seconds."""
     smaller: str = ""
     """How to need less."""
 
@@ -34,26 +47,53 @@ def training_errand(job: TrainJob, cluster: ClusterConfig, cpus: int, gpus: floa
     """Return what ``job`` asks of nodes, on workers with so many CPUs and GPUs."""
     from qlora_core.training.room import SMALLER
 
-    def least_bytes() -> int | None:
-        return _least_of_training(job, cluster, cpus, "cuda" if gpus else "cpu")
+    def needs() -> Needs:
+        return Needs(_least_of_training(job, cluster, cpus, "cuda" if gpus else "cpu"))
 
     return Errand(
         scratch=job.scratch,
         folders=(job.base, job.data),
         compute_dtype=job.quantization.compute_dtype,
-        least_bytes=least_bytes,
+        needs=needs,
         smaller=SMALLER,
     )
 
 
-def asking_errand(job: AskJob) -> Errand:
-    """Return what ``job`` asks of nodes: room for the weights, whatever the batches are."""
+def asking_errand(job: AskJob, gpus: float) -> Errand:
+    """Return what ``job`` asks of nodes: room for the weights, whatever the batches are.
 
-    def least_bytes() -> int:
-        return sum(file.stat().st_size for file in (job.model / "model").glob("*.safetensors"))
+    A 4-bit base need not fit on a GPU; then its batches count, and the host's memory.
+
+    Args:
+        job: What is asked of which model.
+        gpus: Of a worker.
+    """
+
+    def needs() -> Needs:
+        return (_needs_of_base(job) if gpus else None) or Needs(_stored_bytes(job.model))
 
     folders = (job.model, job.data, *([job.adapter] if job.adapter else []))
-    return Errand(job.scratch, folders, compute_dtype="", least_bytes=least_bytes)
+    return Errand(job.scratch, folders, "", needs, smaller=_SMALLER_QUESTIONS if gpus else "")
+
+
+def _stored_bytes(model: Path) -> int:
+    return sum(file.stat().st_size for file in (model / "model").glob("*.safetensors"))
+
+
+def _needs_of_base(job: AskJob) -> Needs | None:
+    """Return what a worker on a GPU needs; none where the base is on the GPU in any case."""
+    from qlora_core.evaluation.questions import read_questions
+    from qlora_core.evaluation.room import needs_of
+
+    if job.is_merged:
+        return None
+    found = needs_of(job, read_questions(job.evaluation, job.data))
+    if found is None or found.hosted is None:
+        return None
+    hosted_bytes = found.hosted.total
+    enough = None if job.offloads_base else found.enough_gpu_bytes
+    least = hosted_bytes if job.offloads_base else min(found.whole.total, hosted_bytes)
+    return Needs(least, HostNeed(size_bytes=found.host_bytes, enough_gpu_bytes=enough))
 
 
 def _least_of_training(job: TrainJob, cluster: ClusterConfig, cpus: int, device: str) -> int | None:

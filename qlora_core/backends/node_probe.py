@@ -96,7 +96,7 @@ def probe(question: Question, name: str) -> NodeReport:
         paths += _differences(folder)
     report = NodeReport(paths=tuple(paths), versions=own_versions(), code=own_code())
     try:
-        from qlora_core.training.memory import free_bytes
+        from qlora_core.modeling.machine import free_bytes
 
         gpus = _gpus() if question.needs_gpu else ()
         return report.model_copy(update={"gpus": gpus, "free_bytes": free_bytes()})

@@ -33,10 +33,12 @@ class SnapshotJudge:
         job: A `TrainJob` in JSON.
         num_threads: The cores it computes on.
         gpus: That were booked for it.
+        offloads_base: As `cluster.offload_base`.
     """
 
-    def __init__(self, job: str, num_threads: int, gpus: float) -> None:
+    def __init__(self, job: str, num_threads: int, gpus: float, *, offloads_base: bool) -> None:
         self._job, self._num_threads, self._gpus = job, num_threads, gpus
+        self._offloads_base = offloads_base
         self._open = ExitStack()
         self._validate: Validator | None = None
 
@@ -53,7 +55,8 @@ class SnapshotJudge:
 
         torch.set_num_threads(self._num_threads)
         job, device = TrainJob.model_validate_json(self._job), booked_device(self._gpus)
-        self._validate = self._open.enter_context(open_validator(job, device))
+        opened = open_validator(job, device, offloads_base=self._offloads_base)
+        self._validate = self._open.enter_context(opened)
 
     def measure(self, folder: str) -> str:
         """Return the `Validation` of a snapshot, in JSON.
@@ -75,11 +78,21 @@ class HiredJudge:
         cpus: The cores it computes on.
         gpus: The GPUs it computes on.
         booked: Ray's options.
+        offloads_base: As `cluster.offload_base`.
     """
 
-    def __init__(self, job: TrainJob, cpus: int, gpus: float, booked: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        job: TrainJob,
+        cpus: int,
+        gpus: float,
+        booked: dict[str, Any],
+        *,
+        offloads_base: bool,
+    ) -> None:
         worker: Any = ray.remote(SnapshotJudge).options(**booked)
-        self._worker = worker.remote(job.model_dump_json(), cpus, gpus)
+        text = job.model_dump_json()
+        self._worker = worker.remote(text, cpus, gpus, offloads_base=offloads_base)
         self._worker.load.remote()  # before there is a snapshot; what is wrong, `measure` tells
         self._asked: Any = None
 
@@ -164,7 +177,9 @@ class WorkerMore:
 
     def hire(self, job: TrainJob) -> HiredJudge:
         """Book a worker that measures snapshots of ``job``."""
-        return HiredJudge(job, self.cpus, self.gpus, self.booking(ray.nodes()))
+        offloads = self.cluster.offload_base
+        booked = self.booking(ray.nodes())
+        return HiredJudge(job, self.cpus, self.gpus, booked, offloads_base=offloads)
 
     def _places(self, node: dict[str, Any]) -> int:
         if not node["Alive"]:

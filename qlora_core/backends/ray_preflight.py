@@ -83,6 +83,7 @@ def require_ready(
 
 
 def _wanted_of_all(errand: Errand, gpus: float) -> Wanted:
+    needs = errand.needs()
     return Wanted(
         versions=own_versions(),
         code=own_code(),
@@ -90,8 +91,9 @@ def _wanted_of_all(errand: Errand, gpus: float) -> Wanted:
         gpus_per_worker=gpus,
         num_gpus=0,
         compute_dtype=errand.compute_dtype if gpus else "",
-        need_bytes=errand.least_bytes(),
+        need_bytes=needs.least_bytes,
         smaller=errand.smaller,
+        host=needs.host,
     )
 
 

@@ -49,7 +49,7 @@ def carry_out(cluster: ClusterConfig, spec: Spec) -> None:
     if isinstance(spec, AskSpec):
         from qlora_core.backends.ray_asking import ask_on_cluster
 
-        require_ready(cluster, asking_errand(spec.job), cpus, gpus)
+        require_ready(cluster, asking_errand(spec.job, gpus), cpus, gpus)
         ask_on_cluster(cluster, spec, cpus, gpus)
         return
     require_ready(cluster, training_errand(spec.job, cluster, cpus, gpus), cpus, gpus)

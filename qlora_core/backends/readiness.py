@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_core.artifacts import Frozen
+from qlora_core.backends.host_room import HostNeed
 from qlora_core.backends.node_probe import PRESENT, SAME_VERSION, NodeReport
 from qlora_core.errors import ClusterError, LaunchError, QLoraError
 
@@ -32,6 +33,8 @@ class Wanted(Frozen):
     """Of a worker's smallest pass; none: not known."""
     smaller: str = ""
     """What to change for a smaller pass."""
+    host: HostNeed | None = None
+    """Beside a GPU that does not hold the base."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,9 @@ def _of_memory(report: NodeReport, wanted: Wanted) -> Iterator[str]:
             f"a worker finds {free / 1e9:.2f} GB of {whose} free, and the smallest pass needs "
             f"{wanted.need_bytes / 1e9:.2f} GB; free some, or leave the node out. {wanted.smaller}"
         ).rstrip()
+    if wanted.host is not None and report.free_bytes is not None:
+        lacking = wanted.host.lacking(free or 0, report.free_bytes, wanted.num_workers)
+        yield from [lacking] if lacking else []
 
 
 def _free_for_worker(report: NodeReport, wanted: Wanted) -> tuple[int | None, str]:

@@ -19,7 +19,9 @@ from qlora_core.errors import ArtifactError
 from qlora_core.evaluation.generation import Answering
 from qlora_core.evaluation.likelihood import Likelihood
 from qlora_core.evaluation.questions import Questions, read_questions
+from qlora_core.evaluation.room import place_base
 from qlora_core.modeling.dense import dense_weights
+from qlora_core.modeling.hosted import BasePlace, load_hosted
 from qlora_core.modeling.loading import load_base, load_merged, load_saved_tokenizer
 from qlora_core.modeling.lora import load_adapter
 from qlora_core.ports import AskJob, Batch, Reply
@@ -33,6 +35,8 @@ class Interview:
     tokenizer: PreTrainedTokenizerBase
     questions: Questions
     evaluation: EvaluationConfig
+    notes: tuple[str, ...] = ()
+    """What a person should know of how it is asked."""
 
     @cached_property
     def batches(self) -> tuple[Batch, ...]:
@@ -48,8 +52,10 @@ class Interview:
             ModelError: Its numbers are not finite, or it has no stop token.
         """
         if batch.kind == "loss":
-            return Reply(batch=batch, nats=self._losses.nats(batch.numbers))
-        return Reply(batch=batch, answers=self._answers.answer(batch.numbers))
+            nats = self._losses.nats(batch.numbers)
+            return Reply(batch=batch, nats=nats, notes=self.notes)
+        answers = self._answers.answer(batch.numbers)
+        return Reply(batch=batch, answers=answers, notes=self.notes)
 
     @cached_property
     def _losses(self) -> Likelihood:
@@ -66,8 +72,11 @@ class Interview:
 def open_interview(job: AskJob, device: torch.device) -> Iterator[Interview]:
     """Load the model and the questions of ``job``; yield them, weights dequantised meanwhile.
 
+    A 4-bit base that does not fit on a GPU stays with its host (`modeling.hosted`).
+
     Raises:
         ArtifactError: A file cannot be read, or these are not the job's questions.
+        ResourceError: There is no room for the model.
     """
     questions = read_questions(job.evaluation, job.data)
     if questions.digest() != job.questions:
@@ -76,9 +85,16 @@ def open_interview(job: AskJob, device: torch.device) -> Iterator[Interview]:
             why="Rows that others measure would be taken for these.",
             fix="Let every node see the same store at that path.",
         )
-    model = (load_merged if job.is_merged else load_base)(job.model, device)
+    place, notes = place_base(job, questions, device), list[str]()
+    model = _load(job, place, device, notes)
     if job.adapter is not None:
         load_adapter(model, job.adapter)  # PEFT puts its layers into the model itself
-    tokenizer = load_saved_tokenizer(job.model)
-    with dense_weights(model.eval()):
-        yield Interview(model, tokenizer, questions, job.evaluation)
+    tokenizer, said = load_saved_tokenizer(job.model), (*place.notes, *notes)
+    with dense_weights(model.eval(), place.dense_bytes):
+        yield Interview(model, tokenizer, questions, job.evaluation, said)
+
+
+def _load(job: AskJob, place: BasePlace, device: torch.device, notes: list[str]) -> PreTrainedModel:
+    if place.is_hosted:
+        return load_hosted(job.model, device, notes)[0]  # its hooks hold the other part
+    return (load_merged if job.is_merged else load_base)(job.model, device)

@@ -28,7 +28,7 @@ from qlora_core.evaluation.prefix import Prefix, shared_prefix
 from qlora_core.evaluation.records import LossRow
 
 _NONE = Prefix()
-_MAX_LOGITS = 64_000_000
+MAX_LOGITS = 64_000_000
 """Logits of one batch: 256 MB in float32, and as much again in the loss."""
 
 
@@ -142,7 +142,7 @@ def _batches(
     num_logits = 0
     for row in sorted(indices, key=lambda row: (-rows.lengths[row], row)):
         more = int(rows.num_supervised[row]) * vocabulary
-        if batch and (len(batch) == batch_size or num_logits + more > _MAX_LOGITS):
+        if batch and (len(batch) == batch_size or num_logits + more > MAX_LOGITS):
             yield batch
             batch, num_logits = [], 0
         batch.append(row)

@@ -190,7 +190,7 @@ def load_skeleton(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-        skeleton.generation_config = _generation_config(place.folder)
+        skeleton.generation_config = generation_config(place.folder)
     _require_whole(model, report)
     wanted = ModelWeights(skeleton).infos()
     is_plain = not getattr(skeleton, "_weight_conversions", None) and all(
@@ -199,8 +199,12 @@ def load_skeleton(
     return (skeleton, weights) if is_plain else None
 
 
-def _generation_config(folder: Path) -> GenerationConfig:
-    """Return a model's own settings, or else what its configuration says of them."""
+def generation_config(folder: Path) -> GenerationConfig:
+    """Return a model's own settings, or else what its configuration says of them.
+
+    Args:
+        folder: A transformers checkpoint.
+    """
     try:
         return GenerationConfig.from_pretrained(folder)
     except OSError:

@@ -16,6 +16,7 @@ Source: Hu et al. 2021, arXiv:2106.09685, sec. 4.1; Dettmers et al. 2023, arXiv:
 import json
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -178,6 +179,29 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     _give_room(adapted)
     load_adapter_state(adapted, state)
     return adapted.requires_grad_(False).eval()
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What can be told of a saved adapter without loading it."""
+
+    size_bytes: int
+    """Of its float32 weights, and of their file's header."""
+    is_dora: bool
+
+
+def look_at_adapter(folder: Path) -> SavedAdapter:
+    """Return what there is to know of an adapter before it is loaded.
+
+    Raises:
+        ArtifactError: Its files cannot be read.
+    """
+    try:
+        settings = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+        size_bytes = (folder / WEIGHTS_FILE).stat().st_size
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"The adapter in {folder} cannot be read.", why=str(error)) from error
+    return SavedAdapter(size_bytes, bool(settings.get("use_dora")))
 
 
 def _give_room(model: PeftModel) -> None:

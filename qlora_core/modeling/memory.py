@@ -6,10 +6,6 @@ adapter, gradients and optimizer are exact; activations are a model of what auto
 that a worker then measures, as it measures it: resident memory on a CPU, with what Python and its
 libraries take; allocated memory on a GPU, without what CUDA takes itself.
 
-What a 4-bit weight costs (Dettmers et al. 2023, arXiv:2305.14314, sec. 3): 4 bits, one absmax for
-each block of 64, in float32 (0.5 bits more) or, with double quantisation, in 8 bits with a float32
-for each 256 of them: 4 + 8/64 + 32/(64 * 256) = 4.127 bits, and 1 KB of tables per layer.
-
 Dims: H hidden, F intermediate, R rank, n tokens of a micro-batch, k supervised ones among them, V
 vocabulary.
 Source: Rajbhandari et al. 2020, arXiv:1910.02054, sec. 3.1 (16 bytes per parameter of full
@@ -31,14 +27,13 @@ from qlora_core.modeling.activations import (
 from qlora_core.modeling.dtypes import DtypeName, torch_dtype
 from qlora_core.modeling.head import CHUNK_BYTES
 from qlora_core.modeling.shape import LinearGroup, Shape
-from qlora_core.modeling.sharding import aligned
+from qlora_core.modeling.stored import FLOAT, PACKED, quantized_groups, stored_of
 
 Strategy = Literal["qlora", "lora", "full"]
 Recompute = Literal["nothing", "layers", "layers, inputs offloaded"]
 
-FLOAT = 4
-_BLOCK, _NESTED_BLOCK = 64, 256
-_CODE_4BIT, _CODE_NESTED = 16 * FLOAT, 256 * FLOAT
+USABLE = 0.9
+"""Of a device: the rest goes to fragmentation, and to others."""
 _OPTIMIZER_BLOCK, _SMALLEST_8BIT = 256, 4096
 _LOGIT_COPIES = 3  # float32: log-probabilities, their gradient, and one of the two on the way
 
@@ -161,55 +156,6 @@ def estimate_full(shape: Shape, work: Workload) -> MemoryEstimate:
     )
 
 
-def quantized_bytes(num_out: int, num_in: int, quantization: QuantizationConfig) -> tuple[int, int]:
-    """Return (weight, constants) bytes of one quantised (O, I) layer, as bitsandbytes holds it."""
-    size = num_out * num_in
-    if quantization.method == "int8":
-        return size, FLOAT * num_out
-    packed, scales = math.ceil(size / 2), _scale_bytes(size, quantization)
-    if not quantization.double:
-        return packed, scales + _CODE_4BIT
-    nested = FLOAT * math.ceil(scales / _NESTED_BLOCK)
-    offset = FLOAT
-    return packed, scales + nested + _CODE_NESTED + offset + _CODE_4BIT
-
-
-def _scale_bytes(size: int, quantization: QuantizationConfig) -> int:
-    """Return bytes of the scales of a 4-bit weight: one for each block, 8 bits or 32 each."""
-    return math.ceil(size / _BLOCK) * (1 if quantization.double else FLOAT)
-
-
-class Parts(Frozen):
-    """A 4-bit base that is divided among workers, in bytes on each of them."""
-
-    kept: int
-    """A part of all blocks, weights and scales."""
-    gathered: int
-    """The most that is put together at a time."""
-    whole: int
-    """Scales and tables that every worker keeps."""
-
-
-def parts_of(shape: Shape, quantization: QuantizationConfig, num_workers: int) -> Parts:
-    """Return what each worker holds of a sharded 4-bit base, its blocks being alike.
-
-    Args:
-        shape: The model's.
-        quantization: In 4 bits.
-        num_workers: Who divide it.
-    """
-    quantized = [group for group in shape.linears if group.is_quantized]
-    block, whole = 0.0, 0
-    for group in quantized:
-        packed, constants = quantized_bytes(group.num_out, group.num_in, quantization)
-        scales = _scale_bytes(group.num_out * group.num_in, quantization)
-        block += group.count / shape.num_layers * (aligned(packed) + aligned(scales))
-        whole += group.count * (constants - scales)
-    part = aligned(math.ceil(block / num_workers))
-    num_here = min(2, shape.num_layers)
-    return Parts(kept=shape.num_layers * part, gathered=num_here * num_workers * part, whole=whole)
-
-
 def optimizer_bytes(sizes: list[int], optimizer: str) -> int:
     """Return the bytes of AdamW's moments for trained tensors of these sizes.
 
@@ -233,21 +179,16 @@ def _with_adapter(
     training: TrainingConfig,
     work: Workload,
 ) -> MemoryEstimate:
-    is_plain = quantization.method == "none"
-    quantized = [] if is_plain else [group for group in shape.linears if group.is_quantized]
-    stored = [(g.count, *quantized_bytes(g.num_out, g.num_in, quantization)) for g in quantized]
-    left = shape.num_parameters - sum(group.num_weights for group in quantized)
-    sizes = _adapter_sizes(shape, adapter)
+    quantized = quantized_groups(shape, quantization)
+    shards, is_offloaded = work.num_shards, work.offloads_base
+    stored = stored_of(
+        shape, quantization, work.compute_bytes, num_shards=shards, is_offloaded=is_offloaded
+    )
+    sizes = adapter_sizes(shape, adapter)
     moments = optimizer_bytes(sizes, training.optimizer)
     is_fused = work.is_fused and _can_be_fused(quantization, adapter)
-    weights = sum(count * weight for count, weight, _ in stored)
-    constants, gathered = sum(count * constants for count, _, constants in stored), 0
-    if work.num_shards and quantized:
-        parts = parts_of(shape, quantization, work.num_shards)
-        weights = 0 if work.offloads_base else parts.kept
-        constants, gathered = parts.whole, parts.gathered
     dense = 0
-    if quantization.method in ("nf4", "fp4"):
+    if quantization.method in PACKED:
         unpacked = work.compute_bytes * sum(group.num_weights for group in quantized)
         dense = min(unpacked, work.dense_budget_bytes)
     logits = _chunk_bytes(shape, work) if is_fused else _logits_bytes(shape, work)
@@ -257,16 +198,13 @@ def _with_adapter(
         logits = max(0, logits - block)
     return MemoryEstimate(
         strategy=strategy,
-        weights=weights,
-        constants=constants,
-        unquantized=work.compute_bytes * left,
+        **dict(stored),
         adapter=FLOAT * sum(sizes),
         gradients=FLOAT * sum(sizes),
         optimizer=moments,
         activations=_activation_bytes(shape, adapter, work, is_fused=is_fused),
         logits=logits,
         workspace=_weight_bytes(shape, work, quantized, dense) + block,
-        gathered=gathered,
         dense=dense,
         runtime=work.runtime_bytes,
         paged=moments if training.optimizer.startswith("paged") else 0,
@@ -277,7 +215,7 @@ def _can_be_fused(quantization: QuantizationConfig, adapter: AdapterConfig) -> b
     return quantization.method != "int8" and not adapter.dropout and not adapter.dora
 
 
-def _adapter_sizes(shape: Shape, adapter: AdapterConfig) -> list[int]:
+def adapter_sizes(shape: Shape, adapter: AdapterConfig) -> list[int]:
     """Return the sizes of all trained tensors: A, B and DoRA's magnitude of each layer."""
     sizes = []
     for group in shape.linears:

@@ -21,10 +21,24 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_core.modeling.loading import load_base, load_saved_config
+from qlora_core.modeling.loading import generation_config, load_base, load_saved_config
 from qlora_core.modeling.quiet import quiet
 from qlora_core.modeling.sharding import Gatherer, ShardedBase, blocks_of
+from qlora_core.modeling.stored import PACKED
 from qlora_core.modeling.weights import CheckpointWeights, ModelWeights
+
+
+def obstacle_to_parts(method: str, *, is_dora: bool) -> str:
+    """Say what keeps a base from lying in parts; nothing if nothing does.
+
+    Args:
+        method: As in `QuantizationConfig.method`.
+        is_dora: The adapter on it is one of DoRA, trained or new: PEFT takes the norm of every
+            weight when it puts the layers in place, and then not all weights are there.
+    """
+    if method not in PACKED:
+        return f"quantization.method={method}, only with 4-bit weights"
+    return "adapter.dora=true, which starts from all weights" if is_dora else ""
 
 
 def load_in_parts(
@@ -87,6 +101,7 @@ def _skeleton(folder: Path, weights: CheckpointWeights) -> PreTrainedModel | Non
     compute_dtype = getattr(torch, str(stored["bnb_4bit_compute_dtype"]).removeprefix("torch."))
     for name in weights.packed_names():
         _put_4bit_layer(model, name.removesuffix(".weight"), compute_dtype)
+    model.generation_config = generation_config(folder / "model")  # what ends an answer, say
     model.config.quantization_config = config.quantization_config
     model.is_loaded_in_4bit = True  # PEFT asks for it
     return model

@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_core.config import QuantizationConfig
 from qlora_core.errors import ConfigError, ModelError, storing
+from qlora_core.modeling.dtypes import dtype_name
 from qlora_core.modeling.heap import Stream
 from qlora_core.modeling.loading import quiet
 from qlora_core.modeling.spool import Spool
@@ -381,6 +382,24 @@ def _stored_as(
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=kept,
     )
+
+
+def stored_quantization(config: Any) -> QuantizationConfig:
+    """Return how a saved base was quantised: what `_stored_as` wrote down, read back.
+
+    Args:
+        config: Its transformers configuration, as `loading.load_saved_config` returns it.
+    """
+    stored = dict(getattr(config, "quantization_config", None) or {})
+    found: dict[str, Any] = {"method": "none", "compute_dtype": dtype_name(config.dtype)}
+    if stored.get("load_in_8bit"):
+        found["method"] = "int8"
+    if stored.get("load_in_4bit"):
+        found["method"] = stored["bnb_4bit_quant_type"]
+        found["double"] = stored["bnb_4bit_use_double_quant"]
+    if kept := stored.get("llm_int8_skip_modules"):
+        found["skip"] = kept
+    return QuantizationConfig.model_validate(found)
 
 
 def _row_length(layer: Any) -> int:

@@ -59,7 +59,31 @@ class Gatherer(Protocol):
         """Number of workers."""
 
     def gather_parts(self, whole: Tensor, part: Tensor) -> Waitable:
-        """Begin to fill ``whole`` (W x S bytes) with every worker's ``part`` (S bytes), by rank."""
+        """Begin to fill ``whole`` (W x S bytes) with every worker's ``part`` (S bytes), by rank.
+
+        Args:
+            whole: On the device that computes.
+            part: There, or in the host's memory.
+        """
+
+
+class KeepsAll:
+    """One worker who keeps all parts: nothing has to be gathered."""
+
+    rank = 0
+    world_size = 1
+
+    def gather_parts(self, whole: Tensor, part: Tensor) -> Waitable:
+        """Copy ``part``, which is all there is; to a GPU behind the work that is queued there."""
+        whole.copy_(part, non_blocking=True)
+        return _Done()
+
+
+class _Done:
+    """Nothing to wait for."""
+
+    def wait(self) -> None:
+        """Return at once."""
 
 
 @dataclass
@@ -72,20 +96,18 @@ class _Block:
     whole: Tensor
     """(W x S,) uint8, of which the layers' weights are views; its storage comes and goes."""
     _coming: Waitable | None = field(default=None, init=False)
-    _sent: Tensor | None = field(default=None, init=False)
 
     def begin(self, comm: Gatherer) -> None:
         """Let the block come, without waiting for it."""
         self.whole.untyped_storage().resize_(self.whole.nbytes)
-        self._sent = self.part_S.to(self.whole.device, non_blocking=True)
         # through .data, whose writes autograd does not take for a change of what it has saved
-        self._coming = comm.gather_parts(self.whole.data, self._sent)
+        self._coming = comm.gather_parts(self.whole.data, self.part_S)
 
     def arrive(self) -> None:
         """Wait until it is here."""
         if self._coming is not None:
             self._coming.wait()
-            self._coming = self._sent = None
+            self._coming = None
 
     def go(self) -> None:
         """Let go of it; one that is still coming is waited for first, as it is being written."""

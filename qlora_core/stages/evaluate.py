@@ -5,8 +5,9 @@ row. The base's report depends on nothing that is trained, so it is made once pe
 
 `dataset_digest` names the rows that were *measured* (their tokens, prompts and references), not the
 dataset they came from: with a held-out file of its own, last month's champion stays comparable when
-training rows are added. `report.json` leaves out the seconds, so the same measurement makes the
-same bytes, on however many workers: batches are cut before they are shared out.
+training rows are added. `report.json` leaves out the seconds and where weights lay meanwhile, so
+the same measurement makes the same bytes, on however many workers: batches are cut before they are
+shared out.
 """
 
 import time
@@ -82,13 +83,15 @@ def evaluate_model(
         evaluation=evaluation,
         questions=questions.digest(),
         scratch=ctx.scratch,
+        offloads_base=ctx.offloads_base,
     )
-    records = _records(questions, _ask(ctx, job, subject, questions), used)
+    replies = _ask(ctx, job, subject, questions)
+    records = _records(questions, replies, used)
     write_records(ctx.out, records)
     report = _report(evaluation, subject, questions, records, time.monotonic() - started)
     text = report.model_dump_json(indent=2, exclude={"seconds"})
     (ctx.out / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
-    return report
+    return report.model_copy(update={"notes": (*report.notes, *replies.notes)})
 
 
 def _device() -> torch.device:
@@ -100,14 +103,20 @@ def _ask(ctx: Context, job: AskJob, subject: Subject, questions: Questions) -> "
     replies = _Replies()
     total = len(questions.indices) + len(questions.prompts)
 
+    def tell(notes: tuple[str, ...]) -> None:
+        for note in replies.learn(notes):
+            ctx.progress.say(f"evaluate {subject}", note)
+
     def hear(reply: Reply) -> None:
         replies.keep(reply)
+        tell(reply.notes)
         ctx.progress.update(f"evaluate {subject}", replies.num_kept, total, reply.batch.kind)
 
     if ctx.crew is not None:
         ctx.crew.ask(job, hear)
         return replies
     with open_interview(job, _device()) as interview:
+        tell(interview.notes)
         for batch in interview.batches:
             hear(interview.reply(batch))
     return replies
@@ -119,6 +128,7 @@ class _Replies:
 
     nats: dict[int, float] = field(default_factory=dict)
     answers: dict[int, Answer] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def num_kept(self) -> int:
@@ -130,6 +140,12 @@ class _Replies:
             self.nats.update(zip(numbers, reply.nats, strict=True))
         else:
             self.answers.update(zip(numbers, reply.answers, strict=True))
+
+    def learn(self, notes: tuple[str, ...]) -> list[str]:
+        """Keep what is new of ``notes``, and return it."""
+        new = [note for note in notes if note not in self.notes]
+        self.notes += new
+        return new
 
 
 def _records(questions: Questions, replies: _Replies, scorers: Sequence[Scorer]) -> Records:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qlora_core.errors import CollectiveError
-from qlora_core.modeling.sharding import Waitable
+from qlora_core.modeling.sharding import KeepsAll, Waitable
 
 # torch 2.13 gave it this name and warns of the other
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -49,22 +49,14 @@ class Comm(Protocol):
     def gather_parts(self, whole: Tensor, part: Tensor) -> Waitable:
         """Begin to fill ``whole`` (W x S bytes) with every worker's ``part`` (S bytes), by rank.
 
-        Neither may be touched before what is returned has been waited for.
+        Neither may be touched before what is returned has been waited for. A part in the host's
+        memory goes to the device first.
         """
 
 
-class _Done:
-    """Nothing to wait for."""
-
-    def wait(self) -> None:
-        """Return at once."""
-
-
-class Alone:
+class Alone(KeepsAll):
     """A single worker: nobody to talk to."""
 
-    rank = 0
-    world_size = 1
     local_size = 1
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
@@ -77,11 +69,6 @@ class Alone:
     def gather(self, value: Any) -> list[Any]:
         """Return ``value`` alone."""
         return [value]
-
-    def gather_parts(self, whole: Tensor, part: Tensor) -> Waitable:
-        """Copy ``part``, which is all there is."""
-        whole.copy_(part)
-        return _Done()
 
 
 class TorchComm:
@@ -121,10 +108,11 @@ class TorchComm:
 
     def gather_parts(self, whole: Tensor, part: Tensor) -> Waitable:
         """Begin to fill ``whole`` with every worker's ``part``, by rank."""
+        sent = part.to(whole.device, non_blocking=True)
         with _losses_told(self.rank):
-            work = _gather_into(whole, part, async_op=True)
+            work = _gather_into(whole, sent, async_op=True)
         assert work is not None  # noqa: S101  # as it is asynchronous
-        return _Underway(work, self.rank)
+        return _Underway(work, self.rank, sent)
 
     def _placed(self, start: int, numbers: list[int], size: int) -> list[int]:
         """Return (size,) numbers, each from the one worker that puts it there."""
@@ -142,6 +130,8 @@ class _Underway:
 
     work: dist.Work
     rank: int
+    sent: Tensor
+    """Has to stay until then."""
 
     def wait(self) -> None:
         """Return when it is done."""

@@ -5,7 +5,7 @@ divides the base only if the memory plan finds no way to train with all of it on
 and all workers do as the least of them needs. Decided before a weight is loaded.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,14 +13,18 @@ from qlora_core.config import ClusterConfig
 from qlora_core.data.prepared import Rows
 from qlora_core.errors import ConfigError
 from qlora_core.modeling.dtypes import compute_dtype_name
+from qlora_core.modeling.hosted import BaseNeeds, BasePlace, choose_place
 from qlora_core.modeling.loading import load_saved_config
+from qlora_core.modeling.machine import free_bytes
+from qlora_core.modeling.parts import obstacle_to_parts
 from qlora_core.modeling.shape import Shape, shape_of
+from qlora_core.modeling.stored import parts_of
 from qlora_core.ports import TrainJob
 from qlora_core.training.batching import plan_training
-from qlora_core.training.comm import Comm
+from qlora_core.training.comm import Alone, Comm
 from qlora_core.training.memory import memory_for_worker
 from qlora_core.training.room import Demand
-from qlora_core.training.strategies import PACKED, strategy_needs
+from qlora_core.training.strategies import strategy_needs
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,42 @@ def place_base(
     return _divided(job, comm, is_offloaded, why, notes)
 
 
+def place_judged_base(
+    job: TrainJob, rows: Rows, device: torch.device, *, wants_host: bool
+) -> BasePlace:
+    """Return where the base lies for one who measures snapshots alone.
+
+    Args:
+        job: That writes the snapshots.
+        rows: It trains on.
+        device: Where they are measured.
+        wants_host: The recipe wants the base in the host's memory in any case.
+
+    Raises:
+        ResourceError: There is no room for it.
+    """
+    if device.type != "cuda":
+        return BasePlace()
+    shape = shape_of(load_saved_config(job.base), job.quantization, job.adapter)
+    needs = judged_needs(demand_of(job, shape, rows, Alone(), device, Placement()))
+    memory_bytes = memory_for_worker(device, num_sharing=1)
+    return choose_place(needs, memory_bytes, free_bytes(), wants_host=wants_host)
+
+
+def judged_needs(demand: Demand) -> BaseNeeds:
+    """Return what one who measures snapshots of a training needs, counted as if it trained alone.
+
+    Args:
+        demand: Of the training, on any number of workers.
+    """
+    alone = replace(demand, world_size=1, offloads_base=True)
+    found = {need.strategy: need.estimate for need in strategy_needs(alone, memory_bytes=0)}
+    if why := obstacle_to_parts(demand.quantization.method, is_dora=demand.adapter.dora):
+        return BaseNeeds(found["ddp"], None, obstacle=why)
+    host_bytes = parts_of(demand.shape, demand.quantization, 1).pinned
+    return BaseNeeds(found["ddp"], found["fsdp"], host_bytes)
+
+
 def _divided(
     job: TrainJob, comm: Comm, is_offloaded: bool, why: str, notes: list[str]
 ) -> Placement:
@@ -95,11 +135,7 @@ def _divided(
 
 
 def _obstacle(job: TrainJob) -> str:
-    if job.quantization.method not in PACKED:
-        return f"quantization.method={job.quantization.method}, only with 4-bit weights"
-    if job.adapter.dora:
-        return "adapter.dora=true, which starts from all weights"
-    return ""
+    return obstacle_to_parts(job.quantization.method, is_dora=job.adapter.dora)
 
 
 def _fits_whole(job: TrainJob, rows: Rows, comm: Comm, device: torch.device) -> bool:

@@ -29,15 +29,13 @@ from qlora_core.modeling.attention import KEPT_KEYS
 from qlora_core.modeling.dense import BUDGET_BYTES
 from qlora_core.modeling.dtypes import DtypeName
 from qlora_core.modeling.head import CHUNK_BYTES, GPU_CHUNK_BYTES
-from qlora_core.modeling.memory import MemoryEstimate, Recompute, Workload, estimate_qlora
+from qlora_core.modeling.memory import USABLE, MemoryEstimate, Recompute, Workload, estimate_qlora
 from qlora_core.modeling.shape import Shape
 from qlora_core.training.batching import Indices, Plan, largest_chunk
 from qlora_core.training.collation import common_prefix
 
 RUNTIME_BYTES = 950_000_000
 """Resident memory of a worker on a CPU without a model: Python, torch, transformers, Ray."""
-USABLE = 0.9
-"""Of a device: the rest goes to fragmentation, and to others."""
 
 _WORTH_RECOMPUTING = 2048  # tokens
 SMALLER = (

@@ -9,10 +9,8 @@ from typing import Literal
 from qlora_core.artifacts import Frozen
 from qlora_core.config import ClusterConfig
 from qlora_core.modeling.memory import MemoryEstimate, Recompute
+from qlora_core.modeling.parts import obstacle_to_parts
 from qlora_core.training.room import Demand, find_room
-
-PACKED = ("nf4", "fp4")
-"""Methods whose weights can be divided; others are floating point, or have scales of their own."""
 
 
 class StrategyNeed(Frozen):
@@ -45,7 +43,7 @@ def strategy_needs(demand: Demand, memory_bytes: int) -> tuple[StrategyNeed, ...
 
 def can_be_sharded(demand: Demand) -> bool:
     """Say whether the base has 4-bit weights, and nothing starts from all of them."""
-    return demand.quantization.method in PACKED and not demand.adapter.dora
+    return not obstacle_to_parts(demand.quantization.method, is_dora=demand.adapter.dora)
 
 
 def is_sharded(cluster: ClusterConfig, needs: tuple[StrategyNeed, ...]) -> bool:

@@ -11,32 +11,48 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from qlora_core.data.prepared import read_split
+from qlora_core.modeling.hosted import BasePlace, load_hosted
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter
+from qlora_core.modeling.sharding import ShardedBase
 from qlora_core.ports import TrainJob
 from qlora_core.training import snapshot
 from qlora_core.training.comm import Alone
 from qlora_core.training.desk import job_fingerprint
 from qlora_core.training.journal import Validation
 from qlora_core.training.loop import measure_heldout
+from qlora_core.training.placing import place_judged_base
 from qlora_core.training.worker import assemble, fast_paths
 
 Validator = Callable[[Path], Validation]
 
 
 @contextmanager
-def open_validator(job: TrainJob, device: torch.device) -> Iterator[Validator]:
+def open_validator(
+    job: TrainJob, device: torch.device, *, offloads_base: bool = False
+) -> Iterator[Validator]:
     """Load the base once; yield what measures a snapshot's folder.
+
+    A 4-bit base that does not fit on a GPU stays with its host (`modeling.hosted`); the first
+    `Validation` says so.
 
     Args:
         job: That writes the snapshots.
-        device: Where to measure; it holds the whole base.
+        device: Where to measure.
+        offloads_base: The base stays with the GPU's host in any case.
+
+    Raises:
+        ResourceError: There is no room for the base.
     """
     rows = read_split(job.data, "train"), read_split(job.data, "heldout")
-    model = attach_adapter(load_base(job.base, device), job.adapter, job.seed)
-    run = assemble(job, model, rows, Alone(), device, [])
+    place = place_judged_base(job, rows[0], device, wants_host=offloads_base)
+    notes = [f"Beside training {note}." for note in place.notes]
+    loaded, base = _load(job, place, device, notes)
+    model = attach_adapter(loaded, job.adapter, job.seed)
+    run = assemble(job, model, rows, Alone(), device, [], base=base)
     with fast_paths(run) as fast:
 
         def validate(folder: Path) -> Validation:
@@ -47,6 +63,16 @@ def open_validator(job: TrainJob, device: torch.device) -> Iterator[Validator]:
             with torch.no_grad():
                 for name, parameter in fast.parameters.items():
                     parameter.copy_(tensors[name])
-            return Validation(step=step, heldout_loss=measure_heldout(fast))
+            note = " ".join(notes)
+            notes.clear()
+            return Validation(step=step, heldout_loss=measure_heldout(fast), note=note)
 
         yield validate
+
+
+def _load(
+    job: TrainJob, place: BasePlace, device: torch.device, notes: list[str]
+) -> tuple[PreTrainedModel, ShardedBase | None]:
+    if place.is_hosted:
+        return load_hosted(job.base, device, notes)
+    return load_base(job.base, device), None

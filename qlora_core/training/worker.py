@@ -163,7 +163,8 @@ def assemble(
         base: The model's base, if it is sharded.
     """
     train_rows, heldout = rows
-    loss = _loss_function(model, train_rows, device, notes, is_sharded=base is not None)
+    is_alone = base is None or comm.world_size == 1
+    loss = _loss_function(model, train_rows, device, notes, is_alone=is_alone)
     if device.type == "cuda":  # what trying took says nothing of training
         torch.cuda.reset_peak_memory_stats(device)
     place = Placement(base is not None, base is not None and base.is_offloaded)
@@ -197,13 +198,13 @@ def _shape(model: PeftModel, job: TrainJob) -> Shape:
 
 
 def _loss_function(
-    model: PeftModel, rows: Rows, device: torch.device, notes: list[str], *, is_sharded: bool
+    model: PeftModel, rows: Rows, device: torch.device, notes: list[str], *, is_alone: bool
 ) -> LossFunction:
     dtype = model.get_input_embeddings().weight.dtype
     kernels = find_kernels(device, dtype, sizes_of(model.config))
     notes += kernels.notes
     loss = LossFunction(model, notes, kernels)
-    loss.try_out(rows, device, is_alone=not is_sharded)
+    loss.try_out(rows, device, is_alone=is_alone)
     return loss
 
 

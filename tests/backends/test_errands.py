@@ -1,23 +1,41 @@
 """What preflight asks of nodes, against what a worker then plans for itself."""
 
 import pytest
+import torch
 
 from qlora_core.artifacts import AdapterCheckpoint
-from qlora_core.backends.errands import asking_errand, training_errand
+from qlora_core.backends.errands import Needs, asking_errand, training_errand
 from qlora_core.backends.in_process import InProcessLauncher
-from qlora_core.config import ClusterConfig, EvaluationConfig, QuantizationConfig, SnapshotConfig
+from qlora_core.config import (
+    AdapterConfig,
+    ClusterConfig,
+    EvaluationConfig,
+    QuantizationConfig,
+    SnapshotConfig,
+)
+from qlora_core.evaluation.questions import read_questions
+from qlora_core.evaluation.room import needs_of
+from qlora_core.modeling.loading import load_base
+from qlora_core.modeling.lora import attach_adapter, save_adapter
 from qlora_core.ports import AskJob
 from qlora_core.training.desk import SUMMARY_FILE
+from tests.tiny import make_tiny_llama
+from tests.training.conftest import write_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLUSTER = ClusterConfig(address="head:6379")
+CPU = torch.device("cpu")
+
+
+def least_of_training(job) -> int | None:
+    return training_errand(job, CLUSTER, cpus=1, gpus=0.0).needs().least_bytes
 
 
 def test_the_least_of_a_training_is_what_a_worker_plans_for_its_smallest_pass(make_job):
     job = make_job("small", micro_batch=1, checkpointing="on")
     job = job.model_copy(update={"quantization": QuantizationConfig(keep_dequantized="off")})
 
-    least = training_errand(job, CLUSTER, cpus=1, gpus=0.0).least_bytes()
+    least = least_of_training(job)
     InProcessLauncher(SnapshotConfig()).train(job, lambda _: None)
 
     summary = AdapterCheckpoint.model_validate_json((job.scratch / SUMMARY_FILE).read_text())
@@ -26,7 +44,9 @@ def test_the_least_of_a_training_is_what_a_worker_plans_for_its_smallest_pass(ma
 
 def test_larger_micro_batches_need_no_more_at_least_as_passes_can_be_smaller(make_job):
     one, four = (
-        training_errand(make_job(str(n), micro_batch=n), CLUSTER, cpus=1, gpus=0.0).least_bytes()
+        training_errand(make_job(str(n), micro_batch=n), CLUSTER, cpus=1, gpus=0.0)
+        .needs()
+        .least_bytes
         for n in (1, 4)
     )
 
@@ -40,23 +60,73 @@ def test_a_model_that_brings_its_own_code_is_measured_by_workers_alone(make_job,
 
     mine = job.model_copy(update={"base": tmp_path / "base"})
 
-    assert training_errand(mine, CLUSTER, cpus=1, gpus=0.0).least_bytes() is None
+    assert least_of_training(mine) is None
+
+
+def asking(job, **parts) -> AskJob:
+    return AskJob(
+        model=job.base,
+        is_merged=False,
+        adapter=None,
+        data=job.data,
+        evaluation=EvaluationConfig(batch_size=2, generate=False),
+        questions="",
+        scratch=job.scratch,
+    ).model_copy(update=parts)
+
+
+def test_on_gpus_an_evaluation_needs_a_host_for_the_base_unless_a_gpu_holds_it(make_job):
+    job = asking(make_job())
+
+    found = asking_errand(job, gpus=1.0).needs()
+
+    counted = needs_of(job, read_questions(job.evaluation, job.data))
+    assert found.least_bytes == min(counted.whole.total, counted.hosted.total)
+    assert found.host.size_bytes == counted.host_bytes
+    assert found.host.enough_gpu_bytes == counted.enough_gpu_bytes
+
+
+def test_of_a_deep_base_an_evaluation_needs_less_of_a_gpu_with_the_host_than_without(
+    make_job, tmp_path
+):
+    deep = write_base(
+        tmp_path / "deep", make_tiny_llama(tmp_path / "tiny", num_layers=8), is_nf4=True
+    )
+    job = asking(make_job(), model=deep)
+    counted = needs_of(job, read_questions(job.evaluation, job.data))
+
+    least = asking_errand(job, gpus=1.0).needs().least_bytes
+
+    blocks = counted.whole.weights * 6 // 8  # of 8 blocks, two are on the GPU at a time
+    assert least == pytest.approx(counted.whole.total - blocks, rel=0.03)
+    wanting = job.model_copy(update={"offloads_base": True})
+    found = asking_errand(wanting, gpus=1.0).needs()
+    assert found.least_bytes == least
+    assert found.host.enough_gpu_bytes is None, "no GPU is large enough to do without"
+
+
+def test_what_no_host_can_hold_needs_a_gpu_for_all_its_weights(make_job, tmp_path):
+    job = make_job()
+    model = attach_adapter(load_base(job.base), AdapterConfig(dora=True), seed=0)
+    save_adapter(model, tmp_path / "adapter", "base", None)
+
+    dora = asking_errand(asking(job, adapter=tmp_path / "adapter"), gpus=1.0).needs()
+    merged = asking_errand(asking(job, is_merged=True), gpus=1.0).needs()
+    on_cpus = asking_errand(asking(job), gpus=0.0).needs()
+
+    assert dora == merged == on_cpus == Needs(stored_bytes(job))
+
+
+def stored_bytes(job) -> int:
+    weights = [path for path in job.base.rglob("*") if path.suffix == ".safetensors"]
+    return sum(len(path.read_bytes()) for path in weights)
 
 
 def test_an_evaluation_reads_model_adapter_and_data_and_holds_the_weights(make_job, tmp_path):
     job = make_job()
-    asked = AskJob(
-        model=job.base,
-        is_merged=False,
-        adapter=tmp_path,
-        data=job.data,
-        evaluation=EvaluationConfig(),
-        questions="",
-        scratch=job.scratch,
-    )
 
-    errand = asking_errand(asked)
+    errand = asking_errand(asking(job, adapter=tmp_path), gpus=0.0)
 
     assert errand.folders == (job.base, job.data, tmp_path)
-    weights = [path for path in job.base.rglob("*") if path.suffix == ".safetensors"]
-    assert errand.least_bytes() == sum(len(path.read_bytes()) for path in weights) > 0
+    assert errand.needs() == Needs(stored_bytes(job))
+    assert stored_bytes(job) > 0

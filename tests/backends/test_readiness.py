@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_core.backends.host_room import HostNeed
 from qlora_core.backends.node_probe import Difference, Gpu, NodeReport, own_versions
 from qlora_core.backends.readiness import Node, Wanted, readiness_error
 from qlora_core.errors import ClusterError, LaunchError
@@ -88,6 +89,29 @@ def test_all_problems_of_all_nodes_are_told_at_once():
 )  # fmt: skip
 def test_each_problem_is_told_with_what_was_found(broken, words):
     assert words in said(node(**broken))
+
+
+HOSTED = HostNeed(size_bytes=3 * 10**9, enough_gpu_bytes=81 * 10**9)
+ON_GPUS = GPU_WANTED | {"need_bytes": 10**9, "num_workers": 3}
+
+
+def wanting(host: HostNeed, free_bytes: int) -> Node:
+    return node(wanted=ON_GPUS | {"host": host}, gpus=(H100,), free_bytes=free_bytes)
+
+
+def test_where_no_gpu_holds_the_base_the_host_has_to_for_every_worker():
+    text = said(wanting(HOSTED, free_bytes=9 * 10**9 - 1))
+
+    assert "9.00 GB there for 3 workers, unless a GPU has 81.00 GB free" in text
+    assert readiness_error([wanting(HOSTED, free_bytes=9 * 10**9)], "head:6379") is None
+
+
+def test_a_gpu_that_holds_the_base_needs_no_host_unless_the_recipe_wants_it_there():
+    fits = HOSTED.model_copy(update={"enough_gpu_bytes": 80 * 10**9})
+    wanted = HOSTED.model_copy(update={"enough_gpu_bytes": None})
+
+    assert readiness_error([wanting(fits, free_bytes=0)], "head:6379") is None
+    assert "9.00 GB there for 3 workers; free some" in said(wanting(wanted, free_bytes=0))
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from qlora_core.data.prepared import IGNORED, Prompt, Rows, TokenRow, read_split, write_split
+from qlora_core.config import EvaluationConfig
+from qlora_core.data.prepared import (
+    IGNORED,
+    Prompt,
+    Rows,
+    TokenRow,
+    read_split,
+    write_prompts,
+    write_split,
+)
+from qlora_core.evaluation.questions import read_questions
 from qlora_core.modeling.loading import load_base
+from qlora_core.ports import AskJob
+from tests.training.conftest import write_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +88,21 @@ def prompts() -> list[Prompt]:
     generator = np.random.default_rng(1)
     lengths = (4, 30, 9, 16, 5, 12, 27)
     return [Prompt("?", tuple(generator.integers(3, 290, n).tolist()), ("!",)) for n in lengths]
+
+
+@pytest.fixture
+def job(tmp_path, nf4_base, tokenizer, prompts) -> AskJob:
+    """The losses of 8 rows and answers of 5 tokens, asked of the base."""
+    tokenizer.save_pretrained(nf4_base / "model")
+    data = write_dataset(tmp_path / "data", num_heldout=8)
+    write_prompts(data, prompts)
+    settings = EvaluationConfig(batch_size=3, max_new_tokens=5)
+    return AskJob(
+        model=nf4_base,
+        is_merged=False,
+        adapter=None,
+        data=data,
+        evaluation=settings,
+        questions=read_questions(settings, data).digest(),
+        scratch=tmp_path,
+    )

@@ -1,34 +1,18 @@
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from transformers import AutoTokenizer
 
-from qlora_core.config import EvaluationConfig
 from qlora_core.data.prepared import Prompt, write_prompts
 from qlora_core.errors import ArtifactError
+from qlora_core.evaluation import interview as interview_module
 from qlora_core.evaluation.interview import open_interview
 from qlora_core.evaluation.questions import read_questions
-from qlora_core.ports import AskJob, Batch, Reply
-from tests.evaluation.asking import answer_prompts, measure_likelihood
-from tests.training.conftest import write_dataset
+from qlora_core.modeling.hosted import BasePlace
+from qlora_core.ports import Batch, Reply
+from tests.evaluation.asking import adapted, answer_prompts, measure_likelihood
 
 CPU = torch.device("cpu")
-SETTINGS = EvaluationConfig(batch_size=3, max_new_tokens=5)
-
-
-@pytest.fixture
-def job(tmp_path, nf4_base, tokenizer, prompts) -> AskJob:
-    tokenizer.save_pretrained(nf4_base / "model")
-    data = write_dataset(tmp_path / "data", num_heldout=8)
-    write_prompts(data, prompts)
-    return AskJob(
-        model=nf4_base,
-        is_merged=False,
-        adapter=None,
-        data=data,
-        evaluation=SETTINGS,
-        questions=read_questions(SETTINGS, data).digest(),
-        scratch=tmp_path,
-    )
 
 
 def test_batches_of_two_interviews_in_any_order_are_those_of_one(job):
@@ -60,6 +44,38 @@ def test_an_interview_says_what_measuring_in_one_go_says(job, prompts):
     assert [said[n] for n in range(len(prompts))] == list(answers)
 
 
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_a_base_that_lies_with_the_host_gives_the_replies_of_the_whole_one_and_says_where_it_lies(
+    job, has_adapter, monkeypatch
+):
+    asked = adapted(job) if has_adapter else job
+    with open_interview(asked, CPU) as interview:
+        expected = [interview.reply(batch) for batch in interview.batches]
+
+    place = BasePlace(is_hosted=True, dense_bytes=0, notes=("it lies with the host",))
+    monkeypatch.setattr(interview_module, "place_base", lambda *_: place)
+    with open_interview(asked, CPU) as interview:
+        layers = [m for m in interview.model.modules() if isinstance(m, Linear4bit)]
+        assert not any(m.weight.untyped_storage().nbytes() for m in layers), "all are away"
+        found = [interview.reply(batch) for batch in interview.batches]
+
+    assert [reply.model_copy(update={"notes": ()}) for reply in found] == expected
+    assert {reply.notes for reply in found} == {("it lies with the host",)}
+    assert not any(reply.notes for reply in expected)
+    assert {reply.batch.kind for reply in found} == {"loss", "answers"}
+
+
+def test_no_more_weights_are_kept_dequantised_than_there_is_room_for(job, monkeypatch):
+    for dense_bytes, num_expected in ((0, 0), (2_000_000_000, 14)):
+        place = BasePlace(dense_bytes=dense_bytes)
+        monkeypatch.setattr(interview_module, "place_base", lambda *_, place=place: place)
+
+        with open_interview(job, CPU) as interview:
+            layers = [m for m in interview.model.modules() if isinstance(m, Linear4bit)]
+
+            assert sum("forward" in vars(layer) for layer in layers) == num_expected
+
+
 def test_other_questions_at_the_same_path_are_refused(job, prompts):
     write_prompts(job.data, [*prompts, Prompt("one more", (5, 6, 7), ("!",))])
 
@@ -68,7 +84,7 @@ def test_other_questions_at_the_same_path_are_refused(job, prompts):
 
 
 def test_the_questions_digest_names_rows_and_prompts(job):
-    assert read_questions(SETTINGS, job.data).digest() == job.questions
-    fewer = SETTINGS.model_copy(update={"max_rows": 2})
+    assert read_questions(job.evaluation, job.data).digest() == job.questions
+    fewer = job.evaluation.model_copy(update={"max_rows": 2})
 
     assert read_questions(fewer, job.data).digest() != job.questions

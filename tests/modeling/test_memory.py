@@ -22,13 +22,12 @@ from qlora_core.modeling.memory import (
     estimate_lora,
     estimate_qlora,
     optimizer_bytes,
-    parts_of,
-    quantized_bytes,
 )
 from qlora_core.modeling.packing import packed_attention
 from qlora_core.modeling.quantization import quantize_model
 from qlora_core.modeling.shape import Shape, published_config, shape_of
 from qlora_core.modeling.sharding import ShardedBase, blocks_of
+from qlora_core.modeling.stored import parts_of, quantized_bytes
 from qlora_core.training.collation import Batch, collate, pack
 from qlora_core.training.comm import Alone
 from qlora_core.training.objective import LossFunction

@@ -28,14 +28,17 @@ from qlora_core.data.prepared import (
     write_split,
 )
 from qlora_core.errors import DataError, UserError
+from qlora_core.evaluation import interview
 from qlora_core.evaluation.interview import open_interview
 from qlora_core.evaluation.records import read_records
 from qlora_core.evaluation.table import side_by_side
+from qlora_core.modeling.hosted import BasePlace
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter, save_adapter
-from qlora_core.ports import Context, Reply
+from qlora_core.ports import Context, Reply, Services
 from qlora_core.sources import find_source
 from qlora_core.stages.evaluate import evaluate_model
+from qlora_core.store import Store
 from tests.tiny import bring_own_code
 
 CONFIG = EvaluationConfig(
@@ -323,3 +326,41 @@ def test_who_replies_first_leaves_no_trace_in_the_report(tmp_path, made, subject
 
     for name in ("report.json", "rows.jsonl"):
         assert (crew / name).read_bytes() == (alone / name).read_bytes()
+
+
+@pytest.mark.parametrize("crew", [None, ReversedCrew()], ids=["here", "crew"])
+def test_where_the_base_lay_is_told_once_and_leaves_no_trace_in_the_files(
+    tmp_path, made, monkeypatch, crew
+):
+    whole = evaluate(tmp_path / "whole", made, subject="tuned")
+    place = BasePlace(is_hosted=True, dense_bytes=0, notes=("it lies with the host",))
+    monkeypatch.setattr(interview, "place_base", lambda *_: place)
+
+    hosted = evaluate(tmp_path / "hosted", made, subject="tuned", crew=crew)
+
+    assert hosted.facts.notes == (*whole.facts.notes, "it lies with the host")
+    for name in ("report.json", "rows.jsonl"):
+        assert (hosted.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_whether_the_base_shall_lie_with_the_host_reaches_whoever_asks(
+    tmp_path, made, monkeypatch, wanted
+):
+    heard = []
+
+    def place(job, *_):
+        heard.append(job.offloads_base)
+        return BasePlace()
+
+    monkeypatch.setattr(interview, "place_base", place)
+    services = Services(
+        MemoryTracker(), MemoryRegistry(), launcher=None, progress=RecordingProgress(),
+        offloads_base=wanted,
+    )  # fmt: skip
+
+    Store(tmp_path).produce(
+        evaluate_model, services, CONFIG, made["data"], made["base"], None, None, ()
+    )
+
+    assert heard == [wanted]

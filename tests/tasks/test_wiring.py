@@ -274,6 +274,16 @@ def test_what_cannot_be_a_jobs_endpoint_is_told_before_any_work(config):
         make_plan(wrong)
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_base_that_shall_lie_with_the_host_does_so_in_evaluation_too(config, wanted):
+    changed = config.model_copy(update={"cluster": ClusterConfig(offload_base=wanted)})
+
+    with surrounded_by(Surroundings(RecordingProgress())):
+        workspace = open_workspace(changed, MemoryTracker(), {}, Kept())
+
+    assert workspace.services.offloads_base is wanted
+
+
 def test_a_running_cluster_evaluates_too_unless_the_run_trains_here(config):
     def crew(launcher=None, **cluster):
         changed = config.model_copy(update={"cluster": ClusterConfig(**cluster)})

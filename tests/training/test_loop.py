@@ -17,6 +17,7 @@ from qlora_core.data.prepared import IGNORED, read_split
 from qlora_core.errors import ResourceError, TrainingError
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
+from qlora_core.modeling.memory import USABLE
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training import loop, worker
 from qlora_core.training.batching import make_plan
@@ -25,7 +26,7 @@ from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.loop import Position, Run, keep_best, train
 from qlora_core.training.objective import LossFunction
 from qlora_core.training.optimizer import FlatGradients, make_optimizer
-from qlora_core.training.room import USABLE, Room, find_room
+from qlora_core.training.room import Room, find_room
 from qlora_core.training.schedule import learning_rate
 from qlora_core.training.worker import run_worker
 from tests.training.conftest import SMALL

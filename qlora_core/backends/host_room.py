@@ -1,0 +1,36 @@
+"""What workers need of a machine's own memory, where its GPUs do not hold the base.
+
+A 4-bit base that fits on no GPU lies with the host while a model is asked (`modeling.hosted`).
+Every worker of a machine keeps a copy of its own there.
+"""
+
+from qlora_core.artifacts import Frozen
+
+
+class HostNeed(Frozen):
+    """Memory of the host, for one worker."""
+
+    size_bytes: int
+    enough_gpu_bytes: int | None
+    """A GPU with so much free holds the base, and needs no host; none: the host is wanted."""
+
+    def lacking(self, gpu_bytes: int, host_bytes: int, num_workers: int) -> str:
+        """Say what a machine lacks; nothing if it has room.
+
+        Args:
+            gpu_bytes: Free on the GPU of a worker.
+            host_bytes: Free in the machine's own memory.
+            num_workers: That may run there at once.
+        """
+        if self.enough_gpu_bytes is not None and gpu_bytes >= self.enough_gpu_bytes:
+            return ""
+        if num_workers * self.size_bytes <= host_bytes:
+            return ""
+        unless = ""
+        if self.enough_gpu_bytes is not None:
+            unless = f", unless a GPU has {self.enough_gpu_bytes / 1e9:.2f} GB free"
+        return (
+            f"it has {host_bytes / 1e9:.2f} GB of memory free, and the 4-bit base takes "
+            f"{num_workers * self.size_bytes / 1e9:.2f} GB there for {num_workers} workers"
+            f"{unless}; free some, let fewer workers run there, or leave the node out"
+        )
