@@ -347,8 +347,8 @@ class ClusterConfig(Runtime):
     (`fsdp`), put together layer by layer; `auto` divides it only if it does not fit otherwise. The
     result is the same."""
     offload_base: bool = False
-    """With `fsdp` on GPUs: parts of the base lie in the hosts' memory. Evaluation keeps a 4-bit base
-    there, too; without this it does so where the base does not fit on the GPU."""
+    """With `fsdp` on GPUs: parts of the base lie in the hosts' memory. Evaluation keeps a 4-bit
+    base there, too; without this it does so where that does not fit on the GPU."""
     resize_every_s: float = Field(60.0, gt=0)
     """With a range of workers: how often more of them may join, which pauses training."""
     cpus_per_worker: int | None = Field(None, gt=0)
