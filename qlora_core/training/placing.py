@@ -2,9 +2,9 @@
 
 Whole is faster, as nothing has to be put together before it computes. So `cluster.strategy=auto`
 divides the base only if the memory plan finds no way to train with all of it on one of the workers,
-and all workers do as the least of them needs. Who measures snapshots beside them does so alone: where
-the base does not fit whole, it lies with the host (`modeling.hosted`). Decided before a weight is
-loaded.
+and all workers do as the least of them needs. Who measures snapshots beside them does so alone:
+where the base does not fit whole, it lies with the host (`modeling.hosted`). Decided before a
+weight is loaded.
 """
 
 from dataclasses import dataclass, replace
