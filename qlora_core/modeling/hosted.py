@@ -106,8 +106,16 @@ def load_hosted(
     Raises:
         ModelError: It has no blocks with 4-bit layers.
         ArtifactError: The checkpoint cannot be read or is incomplete.
+        ResourceError: It has to be loaded whole, and does not fit.
     """
-    return load_in_parts(folder, device, KeepsAll(), notes, is_offloaded=True)
+    try:
+        return load_in_parts(folder, device, KeepsAll(), notes, is_offloaded=True)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            "The GPU ran out of memory while the base was loaded.",
+            why=" ".join(notes) or str(error).partition("\n")[0],
+            fix="Take a GPU on which more is free.",
+        ) from error
 
 
 def _require_gpu(needs: BaseNeeds, free_bytes: int) -> None:

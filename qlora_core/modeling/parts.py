@@ -66,11 +66,11 @@ def load_in_parts(
     weights = CheckpointWeights(folder / "model")
     model = _skeleton(folder, weights)
     if model is None:
-        model = load_base(folder, device)
         notes.append(
             "The base was loaded whole on every worker before it was divided, as its checkpoint "
             "cannot be read tensor by tensor: for a moment a worker needs room for all of it."
         )
+        model = load_base(folder, device)
         for block in blocks_of(model):
             base.take(block)
         return model, base

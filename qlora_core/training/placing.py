@@ -2,7 +2,9 @@
 
 Whole is faster, as nothing has to be put together before it computes. So `cluster.strategy=auto`
 divides the base only if the memory plan finds no way to train with all of it on one of the workers,
-and all workers do as the least of them needs. Decided before a weight is loaded.
+and all workers do as the least of them needs. Who measures snapshots beside them does so alone:
+where the base does not fit whole, it lies with the host (`modeling.hosted`). Decided before a
+weight is loaded.
 """
 
 from dataclasses import dataclass, replace
@@ -97,8 +99,8 @@ def place_judged_base(
     Raises:
         ResourceError: There is no room for it.
     """
-    if device.type != "cuda":
-        return BasePlace()
+    if device.type != "cuda" or any((job.base / "model").glob("*.py")):
+        return BasePlace()  # of a model that brings code, only loading tells what it takes
     shape = shape_of(load_saved_config(job.base), job.quantization, job.adapter)
     needs = judged_needs(demand_of(job, shape, rows, Alone(), device, Placement()))
     memory_bytes = memory_for_worker(device, num_sharing=1)

@@ -10,12 +10,13 @@ from bitsandbytes.nn import Linear4bit
 
 from qlora_core.config import AdapterConfig
 from qlora_core.errors import ResourceError
+from qlora_core.modeling import parts
 from qlora_core.modeling.hosted import BaseNeeds, choose_place, load_hosted
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter, load_adapter, save_adapter
 from qlora_core.modeling.memory import MemoryEstimate
 from qlora_core.modeling.sharding import blocks_of
-from tests.tiny import make_tiny_llama
+from tests.tiny import bring_own_code, make_tiny_llama
 from tests.training.conftest import one_thread, write_base
 
 __all__ = ["one_thread"]
@@ -153,6 +154,21 @@ def test_the_models_own_stop_tokens_are_those_of_its_generation_settings(base_fo
     assert hosted.generation_config.eos_token_id == [2, 7, 9]
     expected = load_base(tmp_path / "base").generation_config
     assert hosted.generation_config.to_dict() == expected.to_dict()
+
+
+def test_a_checkpoint_that_only_loads_whole_is_named_where_there_is_no_room_for_that(
+    base_folder, tmp_path, monkeypatch
+):
+    shutil.copytree(base_folder, tmp_path / "base")
+    bring_own_code(tmp_path / "base" / "model")
+
+    def load_base(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(parts, "load_base", load_base)
+
+    with pytest.raises(ResourceError, match="cannot be read tensor by tensor"):
+        load_hosted(tmp_path / "base", CPU, [])
 
 
 def estimate(weights: int, gathered: int = 0) -> MemoryEstimate:

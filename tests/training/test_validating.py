@@ -1,5 +1,7 @@
 """Snapshots that are measured beside training."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from qlora_core.training import placing, validating
 from qlora_core.training.placing import place_judged_base
 from qlora_core.training.snapshot import FOLDER, snapshots_in, step_of
 from qlora_core.training.validating import open_validator
+from tests.tiny import bring_own_code
 
 CPU = torch.device("cpu")
 
@@ -91,6 +94,14 @@ def test_who_measures_snapshots_of_dora_needs_a_gpu_that_holds_the_base(make_job
     assert not placed(monkeypatch, dora, 10**12, wants_host=True).is_hosted
     with pytest.raises(ResourceError, match="starts from all weights"):
         placed(monkeypatch, dora, 10**4)
+
+
+def test_a_base_that_brings_code_is_whole_as_nobody_can_count_it(make_job, monkeypatch, tmp_path):
+    shutil.copytree(make_job().base, tmp_path / "base")
+    bring_own_code(tmp_path / "base" / "model")
+    mine = make_job().model_copy(update={"base": tmp_path / "base"})
+
+    assert not placed(monkeypatch, mine, 1000).is_hosted
 
 
 def test_on_a_cpu_the_base_of_who_measures_snapshots_is_whole(make_job):
