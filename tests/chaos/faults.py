@@ -28,6 +28,10 @@ def _two_workers(place: Place) -> object:
     return place.undisturbed(2)
 
 
+def _medium(place: Place) -> object:
+    return place.undisturbed(2, nodes.MEDIUM)
+
+
 def _one_worker(place: Place) -> object:
     return place.undisturbed(1)
 
@@ -61,14 +65,14 @@ FAULTS = (
         "SIGKILL of one of two nodes' raylet, workers 1 to 2: goes on with one",
         5,
         nodes.kill_raylet,
-        _two_workers,
+        _medium,
     ),
     Fault(
         "lose-node",
         "SIGKILL of one of two nodes' raylet, workers 2: waits for its return",
         5,
         nodes.kill_raylet_that_returns,
-        _two_workers,
+        _medium,
     ),
     Fault(
         "kill-driver",

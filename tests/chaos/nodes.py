@@ -25,6 +25,8 @@ _AWAY_S = 5.0
 """How long a node is away that comes back."""
 _NOTICE_S = 30
 """Before a node is taken: what clouds give."""
+MEDIUM = 600
+"""Steps of a training that must go on until the workers of a dead raylet have noticed."""
 LONG = 2000
 """Steps of a training that must go on while Ray gets word of something: every 5 s."""
 ONLY_WHEN_URGENT = SnapshotConfig(every_s=1e9)
@@ -39,7 +41,13 @@ def kill_raylet(place: Place, random: Random) -> Trial:
         node = cluster.add_node()
         cluster.wait_for(2)
         return _interrupted(
-            place, random, cluster, node.kill_raylet, exactly=False, workers={"min": 1, "max": 2}
+            place,
+            random,
+            cluster,
+            node.kill_raylet,
+            exactly=False,
+            num_steps=MEDIUM,
+            workers={"min": 1, "max": 2},
         )
 
 
@@ -54,7 +62,9 @@ def kill_raylet_that_returns(place: Place, random: Random) -> Trial:
             node.kill_raylet()
             threading.Timer(_AWAY_S, cluster.add_node).start()
 
-        return _interrupted(place, random, cluster, lose_for_a_while, exactly=True, workers=2)
+        return _interrupted(
+            place, random, cluster, lose_for_a_while, exactly=True, num_steps=MEDIUM, workers=2
+        )
 
 
 def kill_head(place: Place, random: Random) -> Trial:
@@ -77,9 +87,11 @@ def _interrupted(
     *,
     exactly: bool,
     workers: object,
+    num_steps: int = NUM_STEPS,
 ) -> Trial:
     """Train on ``cluster``; give the command again if it ends with a loss that it says may pass."""
-    job, watch = place.job(), Watch(random_step(random, NUM_STEPS), breaks)
+    job = place.job(num_steps=num_steps)
+    watch = Watch(random_step(random, NUM_STEPS), breaks)
     for _ in range(3):
         watch.told.clear()
         try:
@@ -87,7 +99,7 @@ def _interrupted(
             break
         except LaunchError:
             require_ray(cluster.address, patience_s=_START_S)
-    return verdict(job, watch, place.undisturbed(2), exactly=exactly)
+    return verdict(job, watch, place.undisturbed(2, num_steps), exactly=exactly)
 
 
 def preempt(place: Place, random: Random) -> Trial:
