@@ -1,6 +1,7 @@
 """What drivers and workers make of what Ray says, told by plain stand-ins for its answers."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import ray
@@ -8,10 +9,11 @@ import ray.train
 from ray.train import ControllerError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from qlora_core.backends import ray_work
+from qlora_core.backends import ray_driver, ray_job_entry, ray_work
+from qlora_core.backends.ray_job_order import JobOrder, found_last_word, order_file
 from qlora_core.backends.ray_killed import KillsNoted
 from qlora_core.backends.ray_work import outcome, shares
-from qlora_core.backends.ray_worker import RaySpec, WorkerOrder, _is_preempted, _leave
+from qlora_core.backends.ray_worker import RayHome, RaySpec, WorkerOrder, _is_preempted, _leave
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import (
     CollectiveError,
@@ -19,11 +21,13 @@ from qlora_core.errors import (
     NoRoomError,
     ResourceError,
     TrainingError,
+    UserError,
     from_json,
 )
 from qlora_core.training.attempt import claim, next_launch
 from qlora_core.training.incidents import count, history
 
+ELSEWHERE = ClusterConfig(address="head:6379")
 NODE = {"Alive": True, "Resources": {"CPU": 2.0}}
 
 
@@ -88,6 +92,60 @@ def test_a_worker_that_ray_killed_for_its_memory_makes_the_next_ones_passes_smal
     noted.after_exception(None, {0: RuntimeError("lost"), 1: killed})
     assert count(spec.job.scratch, "out_of_memory") == 1
     assert "worker 1" in history(spec.job.scratch)[0].what
+
+
+def home_of(folder, cluster=ELSEWHERE) -> RayHome:
+    return RayHome(cluster=cluster, temp=folder, log=folder / "driver.log", idle_s=None)
+
+
+def test_a_token_that_is_missing_is_a_persons_to_give_and_no_driver_is_lost_for_it(
+    monkeypatch, tmp_path
+):
+    def refuse(**_):
+        raise ray.exceptions.AuthenticationError("the token is missing")
+
+    monkeypatch.setattr(ray, "init", refuse)
+
+    with pytest.raises(UserError, match="the token is missing") as caught:
+        ray_driver._connect(home_of(tmp_path))
+
+    assert "RAY_AUTH_TOKEN" in caught.value.fix
+
+
+def test_what_a_driver_did_not_foresee_is_its_answer(monkeypatch, tmp_path):
+    def fail(*_):
+        raise KeyError("workers")
+
+    monkeypatch.setattr(ray_driver, "_run", fail)
+    home = home_of(tmp_path)
+
+    error = ray_driver._met(home, ray_driver._Jobs(home))
+
+    assert isinstance(error, TrainingError)
+    assert "KeyError" in error.what
+    assert str(home.log) in error.fix
+
+
+def test_a_job_that_fails_says_why_in_its_log_too_where_no_file_may_arrive(
+    spec, monkeypatch, capsys
+):
+    error = ResourceError("too big", fix="Try a smaller one.")
+
+    def fail(_):
+        raise error
+
+    order, file = JobOrder(cluster=ELSEWHERE, spec=spec), order_file(spec.job.scratch, spec.launch)
+    file.write_text(order.model_dump_json())
+    monkeypatch.setattr(ray_job_entry, "_work", fail)
+    monkeypatch.setattr(ray_job_entry, "_also_in", lambda _: nullcontext())
+    monkeypatch.setattr("sys.argv", ["ray_job_entry", str(file)])
+
+    with pytest.raises(SystemExit) as left:
+        ray_job_entry.main()
+
+    assert left.value.code == 1
+    found = found_last_word(capsys.readouterr().out)
+    assert found.to_json() == error.to_json() == order.answer()
 
 
 def test_a_peer_that_is_lost_while_all_are_asked_about_a_preemption_is_no_error_for_good(

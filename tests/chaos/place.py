@@ -35,6 +35,8 @@ INTERVAL = 5
 SNAPSHOTS = SnapshotConfig(every_steps=INTERVAL, every_s=1e9)
 NUM_STEPS = 120
 """About two seconds of training: long enough for a fault to fall anywhere."""
+GENTLE = 3e-5
+"""A learning rate at which rounding is not amplified, so that long curves can be compared."""
 OnStep = Callable[[StepMetrics], None]
 
 
@@ -81,14 +83,20 @@ class Place:
         """Folder of a few prepared rows."""
         return write_dataset(self.folder / "data")
 
-    def job(self, *, num_steps: int = NUM_STEPS, scratch: Path | None = None) -> TrainJob:
+    def job(
+        self,
+        *,
+        num_steps: int = NUM_STEPS,
+        scratch: Path | None = None,
+        learning_rate: float = GENTLE,
+    ) -> TrainJob:
         """Return a new job, the same work as all others of so many steps."""
         folder = self.folder / f"job-{uuid4().hex[:8]}"
         scratch = scratch or folder / "scratch"
         for made in (folder / "out", scratch):
             made.mkdir(parents=True, exist_ok=True)
         settings = SMALL | {"epochs": 1e6, "max_steps": num_steps, "heldout_every": None}
-        settings |= {"learning_rate": 3e-5}  # long curves can be compared; see test_ray_elastic
+        settings["learning_rate"] = learning_rate
         return TrainJob(
             base=self.base,
             data=self.data,
