@@ -133,10 +133,10 @@ def test_what_was_answered_before_too_many_workers_were_lost_is_not_asked_again(
     ("address", "workers", "expected"),
     [
         (None, 4, False),
-        ("head:6379", 1, False),
+        ("head:6379", 1, True),
         ("head:6379", 2, True),
         ("head:6379", WorkerRange(min=1, max=8), True),
     ],
 )
-def test_a_running_cluster_with_several_workers_evaluates(address, workers, expected):
+def test_a_running_cluster_evaluates_be_it_with_one_worker(address, workers, expected):
     assert has_crew(ClusterConfig(address=address, workers=workers)) is expected

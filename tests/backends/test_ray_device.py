@@ -51,7 +51,7 @@ def test_a_judge_that_has_booked_no_gpu_measures_on_the_cpu(make_job, monkeypatc
     job, told = make_job(heldout_every=1), []
     InProcessLauncher(SnapshotConfig(every_steps=1, keep=1)).train(job, told.append)
     let_torch_see(True, monkeypatch)
-    judge = SnapshotJudge(job.model_dump_json(), num_threads=1, gpus=0.0)
+    judge = SnapshotJudge(job.model_dump_json(), num_threads=1, gpus=0.0, offloads_base=False)
 
     (folder,) = snapshots_in(job.scratch / FOLDER)
     found = Validation.model_validate_json(judge.measure(str(folder)))
@@ -73,7 +73,8 @@ def test_a_judge_and_an_asker_without_the_gpu_they_have_booked_say_so(
     make_job, ask_spec, monkeypatch
 ):
     let_torch_see(False, monkeypatch)
-    judge = SnapshotJudge(make_job().model_dump_json(), num_threads=1, gpus=1.0)
+    job = make_job().model_dump_json()
+    judge = SnapshotJudge(job, num_threads=1, gpus=1.0, offloads_base=False)
 
     said = Said.model_validate_json(Asker(ask_spec, num_threads=1, gpus=1.0).prepare())
 
