@@ -3,6 +3,7 @@
 No Ray in here: a node is the plain dict of resources that Ray reports for it.
 """
 
+import itertools
 import os
 
 from qlora_core.config import ClusterConfig
@@ -54,10 +55,17 @@ def require_local_room(cluster: ClusterConfig) -> None:
     cores_of_worker(cluster)
 
 
-def share_out(cluster: ClusterConfig, nodes: list[Node]) -> tuple[int, float]:
+def share_out(
+    cluster: ClusterConfig, nodes: list[Node], *, one_more: bool = False
+) -> tuple[int, float]:
     """Return (cpus, gpus) of each worker: what was asked for, else as many CPUs as fit.
 
     Of a range of workers, as many as there is room for share out the cores.
+
+    Args:
+        cluster: What is asked for.
+        nodes: What there is.
+        one_more: Leave cores to a worker more where a GPU is left for it, so that it is not idle.
 
     Raises:
         ResourceError: The nodes cannot hold so many workers of that size.
@@ -68,8 +76,9 @@ def share_out(cluster: ClusterConfig, nodes: list[Node]) -> tuple[int, float]:
     wanted = [cluster.cpus_per_worker] if cluster.cpus_per_worker else range(most, 0, -1)
     room = _places(nodes, cluster.cpus_per_worker or 1, gpus)
     num_workers = max(cluster.min_workers, min(cluster.max_workers, room))
-    for cpus in wanted:
-        if _places(nodes, cpus, gpus) >= num_workers:
+    most_wanted = [cluster.max_workers + 1] if one_more and gpus else []
+    for num_places, cpus in itertools.product([*most_wanted, num_workers], wanted):
+        if _places(nodes, cpus, gpus) >= num_places:
             return cpus, gpus
     raise _too_little(cluster, nodes, cluster.cpus_per_worker or 1, gpus)
 

@@ -19,9 +19,14 @@ from typing import Protocol
 from ray.exceptions import RayActorError
 
 from qlora_core.backends.ray_worker import RaySpec
-from qlora_core.errors import LaunchError, QLoraError
+from qlora_core.errors import LaunchError, QLoraError, StoreError
 from qlora_core.ports import TrainJob
-from qlora_core.training.journal import VALIDATIONS_FILE, Validation
+from qlora_core.training.journal import (
+    VALIDATIONS_FILE,
+    Validation,
+    add_validation,
+    read_validations,
+)
 
 _POLL_S = 1.0
 _END_S = 5.0
@@ -123,7 +128,7 @@ class Measuring:
 
     def begin(self) -> None:
         """Learn what was measured before; say so if there is no room yet."""
-        self._measured = _measured_steps(self._file)
+        self._measured = _measured_steps(self._job.scratch / VALIDATIONS_FILE)
         if not self._place.has_room():
             self.tell(
                 "snapshots.validate_beside: there is no room for a worker more; snapshots are "
@@ -194,13 +199,9 @@ class Measuring:
         self._seen |= {step_of(folder) for folder in folders}
         return folders[0] if folders else None
 
-    @property
-    def _file(self) -> Path:
-        return self._job.scratch / VALIDATIONS_FILE
-
     def _write(self, validation: Validation) -> None:
-        with suppress(OSError), self._file.open("a", encoding="utf-8") as file:  # training's say
-            file.write(validation.model_dump_json() + "\n")
+        with suppress(StoreError):  # training's say
+            add_validation(self._job.scratch, validation)
 
 
 def _reason(error: Exception) -> str:
@@ -212,5 +213,5 @@ def _reason(error: Exception) -> str:
 def _measured_steps(file: Path) -> set[int]:
     if not file.exists():
         return set()
-    lines = (Validation.model_validate_json(line) for line in file.read_text("utf-8").splitlines())
-    return {line.step for line in lines if line.heldout_loss is not None}
+    found = read_validations(file.read_text("utf-8", errors="replace").splitlines())
+    return {each.step for each in found if each.heldout_loss is not None}

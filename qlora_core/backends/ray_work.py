@@ -45,7 +45,8 @@ def carry_out(cluster: ClusterConfig, spec: Spec) -> None:
     """
     from qlora_core.backends.ray_preflight import require_ready
 
-    cpus, gpus = shares(cluster, lambda note: _tell(spec, note))
+    one_more = isinstance(spec, RaySpec) and spec.snapshots.validate_beside
+    cpus, gpus = shares(cluster, lambda note: _tell(spec, note), one_more=one_more)
     if isinstance(spec, AskSpec):
         from qlora_core.backends.ray_asking import ask_on_cluster
 
@@ -61,7 +62,9 @@ def carry_out(cluster: ClusterConfig, spec: Spec) -> None:
         raise outcome(failure, cluster, spec.log)
 
 
-def shares(cluster: ClusterConfig, say: Callable[[str], None]) -> tuple[int, float]:
+def shares(
+    cluster: ClusterConfig, say: Callable[[str], None], *, one_more: bool = False
+) -> tuple[int, float]:
     """Return (CPUs, GPUs) of each worker on the Ray that this process is connected to.
 
     After a head was lost, say, its nodes come back one by one: they are waited for.
@@ -69,6 +72,7 @@ def shares(cluster: ClusterConfig, say: Callable[[str], None]) -> tuple[int, flo
     Args:
         cluster: What is asked for, and how long to wait for it.
         say: Told once what is waited for.
+        one_more: Leave cores to a worker more, as in `share_out`.
 
     Raises:
         ResourceError: It has not what was asked for.
@@ -79,7 +83,8 @@ def shares(cluster: ClusterConfig, say: Callable[[str], None]) -> tuple[int, flo
     begun_s, is_told = time.monotonic(), False
     while True:
         try:
-            return share_out(cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            return share_out(cluster, nodes, one_more=one_more)
         except ResourceError as error:
             if time.monotonic() - begun_s >= patience_s:
                 raise

@@ -15,7 +15,7 @@ from qlora_core.errors import StoreError
 from qlora_core.ports import Context, StepMetrics, TrainJob, stage
 from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.incidents import history
-from qlora_core.training.journal import VALIDATIONS_FILE, CurvePoint, Tail, Validation
+from qlora_core.training.journal import VALIDATIONS_FILE, CurvePoint, Tail, read_validations
 
 
 @stage(
@@ -74,8 +74,7 @@ def _listener(ctx: Context, validations: Tail) -> Callable[[StepMetrics], None]:
 
 def _pass_on(ctx: Context, validations: Tail) -> None:
     """Track what has been measured of snapshots meanwhile."""
-    for line in validations.lines():
-        found = Validation.model_validate_json(line)
+    for found in read_validations(validations.lines()):
         if found.heldout_loss is not None:
             ctx.tracker.log_metrics({"heldout/snapshot_loss": found.heldout_loss}, found.step)
         if found.note:

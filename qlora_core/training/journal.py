@@ -10,8 +10,11 @@ of workers decides, so the same training leaves the same bytes.
 import errno
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
+
+from pydantic import ValidationError
 
 from qlora_core.artifacts import Frozen
 from qlora_core.errors import storing
@@ -131,6 +134,26 @@ class Tail:
             whole, newline, _ = file.read().rpartition(b"\n")
             self._offset += len(whole + newline)
         return whole
+
+
+def add_validation(scratch: Path, validation: Validation) -> None:
+    """Add a line to the file of them.
+
+    Raises:
+        StoreError: There is no room, say; half of the line may be there.
+    """
+    path = scratch / VALIDATIONS_FILE
+    with storing(path), path.open("a", encoding="utf-8") as file:
+        # each begins a line, so that one which was left unfinished spoils no other; and ends it,
+        # so that `Tail` takes it for whole
+        file.write("\n" + validation.model_dump_json() + "\n")
+
+
+def read_validations(lines: Iterable[str]) -> Iterator[Validation]:
+    """Yield what was measured or said; a line that a full disk or a kill cut short is none."""
+    for line in lines:
+        with suppress(ValidationError):
+            yield Validation.model_validate_json(line)
 
 
 class StepTail:

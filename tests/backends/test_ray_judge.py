@@ -3,6 +3,7 @@
 import pytest
 
 from qlora_core.backends.ray_judge import WorkerMore
+from qlora_core.backends.ray_resources import share_out
 from qlora_core.config import ClusterConfig
 
 ELASTIC = {"min": 2, "max": 16}
@@ -22,6 +23,16 @@ def test_workers_without_gpus_leave_room_where_a_whole_one_fits_besides(
     workers, num_nodes, expected
 ):
     assert fits([CPU_NODE] * num_nodes, workers=workers) is expected
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes"),
+    [(3, [GPU_NODE]), (7, [{"CPU": 64.0, "GPU": 8.0}]), (6, [{"CPU": 32.0, "GPU": 4.0}] * 2)],
+)
+def test_workers_that_share_out_the_cores_leave_room_where_a_gpu_is_left(workers, nodes):
+    cpus, gpus = share_out(ClusterConfig(workers=workers), nodes, one_more=True)
+
+    assert fits(nodes, cpus=cpus, gpus=gpus, workers=workers)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import pytest
 
 from qlora_core.backends import ray_resources
 from qlora_core.backends.ray_resources import require_local_room, share_out
-from qlora_core.config import ClusterConfig
+from qlora_core.config import ClusterConfig, WorkerRange
 from qlora_core.errors import ResourceError
 
 TWO_SMALL = [{"CPU": 3.0}, {"CPU": 3.0}]
@@ -21,6 +21,21 @@ GPU_NODE = [{"CPU": 16.0, "GPU": 4.0}]
 )
 def test_workers_share_out_what_the_nodes_have(workers, nodes, expected):
     assert share_out(ClusterConfig(workers=workers), nodes) == expected
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "expected"),
+    [
+        (3, GPU_NODE, (4, 1.0)),
+        (4, GPU_NODE, (4, 1.0)),  # no GPU is left
+        (7, [{"CPU": 64.0, "GPU": 8.0}], (8, 1.0)),
+        (6, [{"CPU": 32.0, "GPU": 4.0}] * 2, (8, 1.0)),
+        (WorkerRange(min=1, max=3), GPU_NODE, (4, 1.0)),
+        (1, TWO_SMALL, (3, 0.0)),  # cores are not idle; a worker takes them
+    ],
+)
+def test_a_gpu_that_is_left_for_a_worker_more_gets_cores(workers, nodes, expected):
+    assert share_out(ClusterConfig(workers=workers), nodes, one_more=True) == expected
 
 
 def test_what_is_asked_for_is_given():

@@ -18,7 +18,7 @@ from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import LaunchError, ResourceError
 from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.incidents import history
-from qlora_core.training.journal import VALIDATIONS_FILE, Validation
+from qlora_core.training.journal import VALIDATIONS_FILE, Validation, read_validations
 from qlora_core.training.snapshot import FOLDER, step_of
 from tests.backends.ray_head import wait_until
 from tests.backends.ray_nodes import ray_cluster
@@ -93,7 +93,7 @@ def save(job, step: int) -> Path:
 def told(job) -> list[Validation]:
     file = job.scratch / VALIDATIONS_FILE
     lines = file.read_text().splitlines() if file.exists() else []
-    return [Validation.model_validate_json(line) for line in lines]
+    return list(read_validations(lines))
 
 
 def notes(job) -> list[str]:
@@ -155,6 +155,23 @@ def test_nothing_is_measured_twice_whoever_measured_it(job, place):
     assert [judge.asked for judge in place.hired] == [[10], [20]]
     assert measured(job) == [10, 20]
     assert notes(job) == []
+
+
+def test_a_line_that_was_cut_short_spoils_no_other(job, place):
+    (job.scratch / VALIDATIONS_FILE).write_text('{"step": 10, "heldout_lo')  # a full disk, say
+    measuring = Measuring(job, place)
+    measuring.begin()
+    save(job, 10)
+    measuring.poll()
+    place.judge.is_done = True
+    measuring.poll()
+
+    again = Measuring(job, place)
+    again.begin()
+    again.poll()
+
+    assert measured(job) == [10]
+    assert [judge.asked for judge in place.hired] == [[10], []]
 
 
 def test_the_newest_is_measured_and_those_left_out_are_counted_though_they_are_gone(job, place):
