@@ -107,8 +107,8 @@ def _too_little(cluster: ClusterConfig, nodes: list[Node], cpus: int, gpus: floa
     elif gpus or cpus > 1:
         ways.append("smaller workers (cluster.cpus_per_worker, cluster.gpus_per_worker)")
     return ResourceError(
-        f"cluster.workers={_shown(cluster.workers)} with {cpus} CPU and {gpus:g} GPU each do not fit: "
-        f"there is room for {places}.",
+        f"cluster.workers={_shown(cluster.workers)} with {cpus} CPU and {gpus:g} GPU each do not "
+        f"fit: there is room for {places}.",
         why=f"The nodes have: {there or 'nothing'}.",
         fix=f"Try {' or '.join(ways)}." if ways else "Add a node to the cluster.",
     )
