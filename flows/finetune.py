@@ -20,19 +20,16 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.futures import PrefectFuture, as_completed
-from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import tracking
 from flows.lifecycle import (
-    INTERRUPTIONS,
     ActiveRun,
+    interruption_cancels,
     refuse_secrets,
     running,
-    set_state,
     sigterm_interrupts,
 )
-from flows.records import load_record
 from flows.result import RunResult, page
 from flows.server import Connection, ensure_server
 from qlora_core.config import RunConfig
@@ -56,16 +53,17 @@ def run_recipe(
 
     Raises:
         QLoraError: What went wrong, in the words of the stage it went wrong in.
-        KeyboardInterrupt: The run was cancelled by Ctrl-C or SIGTERM, and is marked so.
+        KeyboardInterrupt: The run was cancelled by Ctrl-C or SIGTERM, and is marked so; a
+            `CancelledInPrefect` if it was there.
     """
-    refuse_secrets(config)
-    with connect().in_use(), wiring.surrounded_by(surroundings), sigterm_interrupts():
-        try:
-            return finetune(config)
-        except INTERRUPTIONS as interruption:
-            last = load_record(places.store_root(config)).attempts[-1]
-            set_state(last.prefect_flow_run_id, Cancelled(message="Cancelled at the keyboard."))
-            raise KeyboardInterrupt from interruption
+    refuse_secrets(config)  # before Prefect stores it as the flow's parameter
+    with (
+        connect().in_use(),
+        wiring.surrounded_by(surroundings),
+        sigterm_interrupts(),
+        interruption_cancels(),
+    ):
+        return finetune(config)
 
 
 @flow(
@@ -79,6 +77,7 @@ def finetune(config: RunConfig) -> RunResult:
     Args:
         config: The recipe.
     """
+    refuse_secrets(config)  # Prefect's form does not, and what begins here writes it down
     with running(config) as run:
         stages.check_first_rows(run.workspace)
         with stages.training_ahead(run.workspace):

@@ -1,13 +1,14 @@
 """From the first moment of a run to its last: record, tracker, Prefect state, and an orderly end.
 
 A flow is a `with running(config) as run:` around its DAG. Whatever ends the block (success, an
-error, Ctrl-C, SIGTERM from a worker that was told to cancel) the record says how, MLflow's run is
-ended, and no process or thread of the run goes on. Only SIGKILL leaves no word; then the next run
-on the same store finds the record without an owner and writes the word itself.
+error, Ctrl-C, a person who cancels in Prefect, SIGTERM from a worker that was told to) the record
+says how, MLflow's run is ended, and no process or thread of the run goes on. Only SIGKILL leaves no
+word; then the next run on the same store finds the record without an owner and writes the word
+itself.
 
 The state that Prefect shows is Prefect's own business while its engine is in charge. Outside of it
 two corrections are ours: a run whose process is gone is `Crashed`, and one that a person
-interrupted at the keyboard is `Cancelled`, which the engine would call a crash.
+interrupted is `Cancelled`, which the engine would call a crash.
 """
 
 import logging
@@ -16,6 +17,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -25,9 +27,10 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError, TerminationSignal
 from prefect.logging import get_run_logger
-from prefect.states import Crashed
+from prefect.states import Cancelled, Crashed
 
 from flows import records, tracking
+from flows.cancelling import CancelledInPrefect, heeding_prefect
 from flows.records import OpenRecord
 from flows.server import server_kept
 from qlora_core.artifacts import Artifact
@@ -73,6 +76,8 @@ class ActiveRun:
 @contextmanager
 def running(config: RunConfig) -> Iterator[ActiveRun]:
     """Open the run of ``config`` inside a flow, and end it in order however the block ends."""
+    if call := _call.get():
+        call.flow_run_id = str(runtime.flow_run.id)
     with server_kept(places.home()), _running(config) as run:
         yield run
 
@@ -88,7 +93,8 @@ def _running(config: RunConfig) -> Iterator[ActiveRun]:
     try:
         run = _open(config, record, tracker)
         try:
-            yield run
+            with heeding_prefect(run.workspace.stop):
+                yield run
         except BaseException:
             run.workspace.stop()
             raise
@@ -98,6 +104,44 @@ def _running(config: RunConfig) -> Iterator[ActiveRun]:
         tracker.close(_MLFLOW_STATUS[state], timeout_s=5.0)
         raise
     record.close("completed")
+
+
+@dataclass
+class _Call:
+    """A call of the flow, as its caller knows it."""
+
+    flow_run_id: str | None = None
+    """None: it has not begun."""
+
+    def mark_cancelled(self, why: str) -> None:
+        if self.flow_run_id:
+            set_state(self.flow_run_id, Cancelled(message=why))
+
+
+_call: ContextVar[_Call | None] = ContextVar("call", default=None)
+
+
+@contextmanager
+def interruption_cancels() -> Iterator[None]:
+    """Mark the run of the flow that is called inside the block as cancelled if it is interrupted.
+
+    That run and no other: the newest on the store may be another process's by now.
+
+    Raises:
+        KeyboardInterrupt: Whatever the interruption was.
+    """
+    call = _Call()
+    token = _call.set(call)
+    try:
+        yield
+    except CancelledInPrefect as cancelled:
+        call.mark_cancelled(str(cancelled))
+        raise
+    except INTERRUPTIONS as interruption:
+        call.mark_cancelled("Cancelled at the keyboard.")
+        raise KeyboardInterrupt from interruption
+    finally:
+        _call.reset(token)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from flows.ahead import Ahead
+from flows.cancelling import CancelledInPrefect
 from flows.console import progress_on
 from flows.finetune import run_recipe
 from flows.records import RunRecord, load_record, records
@@ -30,6 +31,7 @@ def run_and_report(config: RunConfig, console: Console, ahead: Ahead) -> RunReco
 
     Raises:
         QLoraError: What went wrong; the same command continues from there.
+        KeyboardInterrupt: A person cancelled it.
     """
     store = places.store_root(config)
     begun = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -38,6 +40,9 @@ def run_and_report(config: RunConfig, console: Console, ahead: Ahead) -> RunReco
             result = run_recipe(config, Surroundings(progress, waiting=ahead.driver), ahead.connect)
     except QLoraError:
         _show_measured(store, begun, console)
+        raise
+    except CancelledInPrefect as cancelled:  # whoever watches here may not have done it
+        console.print(f"[yellow]{cancelled}[/]")
         raise
     record = load_record(store, result.run_id)
     console.print()

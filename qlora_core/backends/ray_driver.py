@@ -24,7 +24,15 @@ from pydantic import TypeAdapter
 import qlora_core
 from qlora_core.backends import process_session
 from qlora_core.backends.ray_resources import WORKER_PROCESS, local_cpus
-from qlora_core.backends.ray_work import Spec, beside, carry_out, fit, outcome, shares
+from qlora_core.backends.ray_work import (
+    Spec,
+    beside,
+    carry_out,
+    fit,
+    outcome,
+    shares,
+    tell_of_idle_gpus,
+)
 from qlora_core.backends.ray_worker import RayHome, RaySpec, WorkerOrder, unforeseen
 from qlora_core.errors import LaunchError, QLoraError, UserError
 from qlora_core.training.durable import replace_durably
@@ -132,6 +140,7 @@ def _run(home: RayHome, jobs: _Jobs) -> None:
 
 def _train_on_our_own(home: RayHome, jobs: _Jobs) -> None:
     cpus, gpus = shares(home.cluster, print)
+    tell_of_idle_gpus(home.cluster, gpus, jobs.wait_for_training)
     order = WorkerOrder(job_file=home.job_file, num_threads=cpus)
     with beside(home.cluster, jobs.wait_for_training, cpus, gpus):
         failure = fit(home.cluster, order, gpus, home.temp / "train")

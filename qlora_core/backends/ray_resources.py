@@ -6,7 +6,7 @@ No Ray in here: a node is the plain dict of resources that Ray reports for it.
 import itertools
 import os
 
-from qlora_core.config import ClusterConfig
+from qlora_core.config import ClusterConfig, WorkerRange
 from qlora_core.errors import ResourceError
 
 Node = dict[str, float]
@@ -83,6 +83,30 @@ def share_out(
     raise _too_little(cluster, nodes, cluster.cpus_per_worker or 1, gpus)
 
 
+def idle_gpus(cluster: ClusterConfig, nodes: list[Node], gpus: float, num_beside: int = 0) -> str:
+    """Return what to say of GPUs that more workers would use; nothing if there are none.
+
+    Of GPUs alone: without them one worker takes all the cores of a node, and no place stays empty.
+
+    Args:
+        cluster: How many workers were asked for.
+        nodes: Hold them.
+        gpus: Of each worker.
+        num_beside: Workers that take a GPU but do not train: one measures snapshots.
+    """
+    room = _places(nodes, cluster.cpus_per_worker or 1, gpus)
+    used = min(cluster.max_workers + num_beside, room)
+    num_idle = int(sum(node.get("GPU", 0) for node in nodes) - used * gpus)
+    if not gpus or used == room or not num_idle:
+        return ""
+    most, workers = room - num_beside, cluster.workers
+    more = most if isinstance(workers, int) else workers.model_copy(update={"max": most})
+    return (
+        f"{used} of {room} places for workers {'is' if used == 1 else 'are'} used, and {num_idle} "
+        f"of the GPUs will stay idle. To train on all of them: cluster.workers={_shown(more)}"
+    )
+
+
 def _too_little(cluster: ClusterConfig, nodes: list[Node], cpus: int, gpus: float) -> ResourceError:
     places = _places(nodes, cpus, gpus)
     there = ", ".join(f"{n.get('CPU', 0):g} CPU and {n.get('GPU', 0):g} GPU" for n in nodes)
@@ -92,15 +116,14 @@ def _too_little(cluster: ClusterConfig, nodes: list[Node], cpus: int, gpus: floa
     elif gpus or cpus > 1:
         ways.append("smaller workers (cluster.cpus_per_worker, cluster.gpus_per_worker)")
     return ResourceError(
-        f"cluster.workers={_asked(cluster)} with {cpus} CPU and {gpus:g} GPU each do not fit: "
-        f"there is room for {places}.",
+        f"cluster.workers={_shown(cluster.workers)} with {cpus} CPU and {gpus:g} GPU each do not "
+        f"fit: there is room for {places}.",
         why=f"The nodes have: {there or 'nothing'}.",
         fix=f"Try {' or '.join(ways)}." if ways else "Add a node to the cluster.",
     )
 
 
-def _asked(cluster: ClusterConfig) -> str:
-    workers = cluster.workers
+def _shown(workers: int | WorkerRange) -> str:
     return (
         str(workers) if isinstance(workers, int) else f"{{min: {workers.min}, max: {workers.max}}}"
     )

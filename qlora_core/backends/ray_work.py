@@ -8,20 +8,22 @@ for good.
 
 import math
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from qlora_core.backends.errands import asking_errand, training_errand
 from qlora_core.backends.ray_asker import AskSpec
 from qlora_core.backends.ray_process import START_S
-from qlora_core.backends.ray_resources import share_out
+from qlora_core.backends.ray_resources import Node, idle_gpus, share_out
 from qlora_core.backends.ray_worker import RaySpec, WorkerOrder, train_on_worker
 from qlora_core.config import ClusterConfig
 from qlora_core.errors import KilledError, LaunchError, NoRoomError, QLoraError, ResourceError
-from qlora_core.training.journal import add_notes
+from qlora_core.training.journal import add_notes, noted
 
 _NOT_STARTED = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
 
@@ -47,6 +49,7 @@ def carry_out(cluster: ClusterConfig, spec: Spec) -> None:
 
     one_more = isinstance(spec, RaySpec) and spec.snapshots.validate_beside
     cpus, gpus = shares(cluster, lambda note: _tell(spec, note), one_more=one_more)
+    tell_of_idle_gpus(cluster, gpus, lambda: spec)
     if isinstance(spec, AskSpec):
         from qlora_core.backends.ray_asking import ask_on_cluster
 
@@ -83,8 +86,7 @@ def shares(
     begun_s, is_told = time.monotonic(), False
     while True:
         try:
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            return share_out(cluster, nodes, one_more=one_more)
+            return share_out(cluster, _present(ray.nodes()), one_more=one_more)
         except ResourceError as error:
             if time.monotonic() - begun_s >= patience_s:
                 raise
@@ -93,6 +95,34 @@ def shares(
                 say(error.fix)
                 is_told = True
         time.sleep(_POLL_S)
+
+
+def tell_of_idle_gpus(
+    cluster: ClusterConfig, gpus: float, wait_for_spec: Callable[[], Spec]
+) -> None:
+    """Say once, as soon as there is a training, that more workers would have fitted.
+
+    Args:
+        cluster: What `shares` found room for on the Ray that this process is connected to.
+        gpus: Of a worker.
+        wait_for_spec: Returns what is to be done when it is known.
+    """
+    import ray
+
+    nodes = _present(ray.nodes())
+
+    def tell() -> None:
+        spec = wait_for_spec()
+        if isinstance(spec, RaySpec):
+            note = idle_gpus(cluster, nodes, gpus, int(spec.snapshots.validate_beside))
+            if note and note not in noted(spec.job.scratch):
+                _tell(spec, note)
+
+    threading.Thread(target=tell, daemon=True).start()  # a Ray of our own hears of its job later
+
+
+def _present(nodes: list[dict[str, Any]]) -> list[Node]:
+    return [node["Resources"] for node in nodes if node["Alive"]]
 
 
 def _tell(spec: Spec, note: str) -> None:

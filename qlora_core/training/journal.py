@@ -40,6 +40,15 @@ def add_notes(scratch: Path, notes: Iterable[str]) -> None:
         file.writelines(f"{note}\n" for note in notes)
 
 
+def noted(scratch: Path) -> list[str]:
+    """Return what `add_notes` has told so far, by earlier attempts, too.
+
+    Raises:
+        StoreError: It cannot be read.
+    """
+    return list(Tail(scratch / NOTES_FILE).lines())
+
+
 class CurvePoint(Frozen):
     """The part of a StepMetrics that is the same whenever the training is the same."""
 

@@ -1,6 +1,7 @@
 """What drivers and workers make of what Ray says, told by plain stand-ins for its answers."""
 
 import json
+import threading
 from contextlib import nullcontext
 
 import pytest
@@ -12,7 +13,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from qlora_core.backends import ray_driver, ray_job_entry, ray_work
 from qlora_core.backends.ray_job_order import JobOrder, found_last_word, order_file
 from qlora_core.backends.ray_killed import KillsNoted
-from qlora_core.backends.ray_work import outcome, shares
+from qlora_core.backends.ray_work import outcome, shares, tell_of_idle_gpus
 from qlora_core.backends.ray_worker import RayHome, RaySpec, WorkerOrder, _is_preempted, _leave
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import (
@@ -26,6 +27,7 @@ from qlora_core.errors import (
 )
 from qlora_core.training.attempt import claim, next_launch
 from qlora_core.training.incidents import count, history
+from qlora_core.training.journal import NOTES_FILE
 
 ELSEWHERE = ClusterConfig(address="head:6379")
 NODE = {"Alive": True, "Resources": {"CPU": 2.0}}
@@ -71,6 +73,28 @@ def test_nodes_that_do_not_come_are_an_error_for_a_person(address, nodes):
         shares(cluster, said.append)
 
     assert bool(said) == (address is not None), "on a Ray of our own nothing comes"
+
+
+def test_gpus_that_stay_idle_are_told_with_the_training_once_it_is_known_and_once(nodes, spec):
+    nodes([NODE | {"Resources": {"CPU": 8.0, "GPU": 8.0}}])
+    given = threading.Event()
+
+    def wait_for_spec() -> RaySpec:
+        given.wait(30)
+        return spec
+
+    def told(wait_for_spec) -> list[str]:
+        before = set(threading.enumerate())
+        tell_of_idle_gpus(ELSEWHERE, 1.0, wait_for_spec)
+        begun = set(threading.enumerate()) - before
+        given.set()
+        for thread in begun:
+            thread.join(30)
+        return (spec.job.scratch / NOTES_FILE).read_text().splitlines()
+
+    (note,) = told(wait_for_spec)
+    assert "1 of 8 places" in note
+    assert told(lambda: spec) == [note], "a driver that was lost has told it"
 
 
 def test_a_cluster_without_room_is_told_from_workers_that_were_lost(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_core.backends.memory import SilentProgress
 from qlora_core.config import RunConfig
-from qlora_core.ports import StepMetrics, TrainJob
+from qlora_core.ports import Launcher, StepMetrics, TrainJob
 
 NUM_STEPS = 6
 STAGES = (
@@ -105,8 +105,21 @@ def child_run(
     run_recipe(config, Surroundings(watcher, launcher))
 
 
-def child_run_on_ray(config: RunConfig, environment: dict[str, str], standing: Any) -> None:
+def child_run_on_ray(config: RunConfig, environment: dict[str, str], stepping: Any) -> None:
     """The same on Ray; nobody stands still, the first steps are told."""
+    _child_run_told(config, environment, stepping, None)
+
+
+def child_run_in_process(config: RunConfig, environment: dict[str, str], stepping: Any) -> None:
+    """The same without Ray."""
+    from qlora_core.backends.in_process import InProcessLauncher
+
+    _child_run_told(config, environment, stepping, InProcessLauncher(config.snapshots))
+
+
+def _child_run_told(
+    config: RunConfig, environment: dict[str, str], stepping: Any, launcher: Launcher | None
+) -> None:
     os.environ.update(environment)
     from flows.finetune import run_recipe
     from tasks.wiring import Surroundings
@@ -114,10 +127,10 @@ def child_run_on_ray(config: RunConfig, environment: dict[str, str], standing: A
     class Teller(SilentProgress):
         def update(self, stage: str, done: float, total: float, note: str = "") -> None:
             if stage == "train_adapter" and done >= 3:
-                standing.set()
+                stepping.set()
 
     try:
-        run_recipe(config, Surroundings(Teller()))
+        run_recipe(config, Surroundings(Teller(), launcher))
     except KeyboardInterrupt:
         os._exit(130)
 

@@ -112,3 +112,30 @@ def test_cancelling_a_flow_stops_its_job_and_frees_the_workers(
     assert process.exitcode == 130
     assert head.jobs_of(scratch_of(store)) == {"0001": "STOPPED"}
     assert load_record(store).state == "cancelled"
+
+
+def test_cancelling_in_prefect_stops_the_job_and_frees_the_workers_within_15_seconds(
+    connection, head, tiny_llama, children, tmp_path
+):
+    from prefect.client.orchestration import get_client
+    from prefect.states import Cancelling
+
+    recipe, store = recipe_at(head, tiny_llama, tmp_path), tmp_path / "store"
+    wait_until(lambda: head.running() == [], timeout_s=15)
+    process = started(children, recipe, connection)
+    assert head.running("RayTrainWorker")
+    (attempt,) = load_record(store).attempts
+
+    with get_client(sync_client=True) as client:  # what Prefect's UI and command line do
+        client.set_flow_run_state(UUID(attempt.prefect_flow_run_id), Cancelling())
+    stopped = {"0001": "STOPPED"}
+    wait_until(
+        lambda: head.running() == [] and head.jobs_of(scratch_of(store)) == stopped, timeout_s=15
+    )
+
+    process.join(60)
+    assert process.exitcode == 130
+    assert load_record(store).state == "cancelled"
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(UUID(attempt.prefect_flow_run_id)).state
+    assert (state.name, state.message) == ("Cancelled", "Cancelled in Prefect.")

@@ -293,6 +293,21 @@ def test_a_token_in_the_clusters_address_is_refused_before_anybody_stores_it(
     assert len(records(store)) == before
 
 
+def test_a_deployed_run_with_a_password_ends_before_it_writes_it_down(
+    connection, recipe, store, caplog
+):
+    from flows.finetune import finetune
+
+    secret = changed(recipe, "workspace", tracking_uri="https://me:hunter2@somewhere.example")
+    before = {path for path in store.rglob("*") if path.is_file()}
+
+    with pytest.raises(ConfigError, match=r"workspace\.tracking_uri holds a password"):
+        finetune(secret.model_dump(mode="json"))  # as Prefect's form and its worker call it
+
+    assert {path for path in store.rglob("*") if path.is_file()} == before
+    assert "hunter2" not in caplog.text
+
+
 def test_prefect_shows_the_recipe_as_a_documented_form():
     from prefect.utilities.callables import parameter_schema
 

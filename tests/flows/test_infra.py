@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qlora_core.backends.ray_resources import share_out
+from qlora_core.config import RunConfig
+from tasks import places
+
 INFRA = Path(__file__).parents[2] / "infra"
 
 
@@ -74,6 +78,30 @@ def test_kuberay_uses_the_tested_ray_with_a_token_and_asks_for_resources():
     assert cluster["spec"]["authOptions"] == {"mode": "token"}
     assert cluster["spec"]["rayVersion"] == pins["ray"]
     assert all({"cpu", "memory"} <= set(c["resources"]["requests"]) for c in containers)
+
+
+def in_ray_terms(group: dict) -> dict[str, float]:
+    """What Ray counts in a pod: KubeRay tells it what the container gets, or `rayStartParams`."""
+    (container,) = group["template"]["spec"]["containers"]
+    resources = container["resources"]["requests"] | container["resources"]["limits"]
+    cpus = group["rayStartParams"].get("num-cpus", resources["cpu"])
+    return {"CPU": float(cpus), "GPU": float(resources.get("nvidia.com/gpu", 0))}
+
+
+def test_the_recipe_in_kuberays_header_fits_on_the_pods_below_it():
+    (told,) = re.findall(
+        r"^#   recipe:  (.+)$", (INFRA / "kuberay/raycluster.yaml").read_text(), re.MULTILINE
+    )
+    parts = {"name": "r", "model": {"source": "m"}, "dataset": {"source": "d"}}
+    recipe = RunConfig.model_validate(parts | yaml.safe_load(told))
+    spec = documents("kuberay/raycluster.yaml")[0]["spec"]
+    groups = spec["workerGroupSpecs"]
+    pods = [in_ray_terms(group) for group in groups for _ in range(group["replicas"])]
+
+    cpus, gpus = share_out(places.cluster(recipe), [in_ray_terms(spec["headGroupSpec"]), *pods])
+
+    assert recipe.cluster.workers == len(pods)
+    assert (cpus, gpus) == (pods[0]["CPU"], pods[0]["GPU"])
 
 
 def test_infra_holds_no_python():

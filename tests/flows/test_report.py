@@ -9,6 +9,7 @@ from rich.console import Console
 
 from flows import run
 from flows.ahead import Ahead
+from flows.cancelling import CancelledInPrefect
 from flows.records import Attempt, RunRecord, open_record
 from flows.report import addresses, runs_table, show_record
 from flows.result import RunResult
@@ -88,6 +89,22 @@ def test_a_run_that_fails_after_it_was_measured_still_shows_what_was_measured(
     assert "exact_match" in capture.get()
     assert "0.750" in capture.get()
     assert "MLflow is away" not in capture.get()  # the command says it, below
+
+
+def test_a_run_that_was_cancelled_in_prefect_says_so_to_whoever_watches_it(
+    tmp_path, record, monkeypatch
+):
+    def cancelled(*_: object) -> RunResult:
+        raise CancelledInPrefect
+
+    monkeypatch.setattr(run, "run_recipe", cancelled)
+    config = record.config.model_copy(update={"workspace": WorkspaceConfig(store=str(tmp_path))})
+    console = Console(width=200)
+
+    with console.capture() as capture, pytest.raises(KeyboardInterrupt):
+        run.run_and_report(config, console, Ahead(lambda: None, WaitingDriver()))
+
+    assert capture.get().strip() == "Cancelled in Prefect."
 
 
 def report_of(folder: Path) -> Artifact[EvalReport]:
