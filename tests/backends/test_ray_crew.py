@@ -73,13 +73,9 @@ def report(folder: Path, made, data, crew: Crew | None) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def askers() -> list[psutil.Process]:
+def askers(nodes: RayCluster) -> list[psutil.Process]:
     """The workers that are there now, on whatever node."""
-    found = []
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if "ray::Asker" in " ".join(process.info["cmdline"] or [process.info["name"] or ""]):
-            found.append(process)
-    return found
+    return [asker for node in nodes.nodes for asker in node.members("ray::Asker")]
 
 
 @pytest.mark.ray
@@ -90,7 +86,7 @@ def test_two_workers_leave_the_bytes_of_one_though_one_of_them_is_killed(
     seen: list[int] = []
 
     def kill_one(num_replies: int) -> None:
-        working = askers()
+        working = askers(nodes)
         seen.append(len(working))
         if len(working) == 2 and 2 not in seen[:-1]:
             working[0].kill()
@@ -101,9 +97,9 @@ def test_two_workers_leave_the_bytes_of_one_though_one_of_them_is_killed(
     assert sorted(found) == ["report.json", "rows.jsonl"]
     assert found == alone
     deadline = time.monotonic() + 15
-    while askers() and time.monotonic() < deadline:
+    while askers(nodes) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert askers() == []
+    assert askers(nodes) == []
 
 
 @pytest.mark.ray
@@ -112,7 +108,7 @@ def test_what_was_answered_before_too_many_workers_were_lost_is_not_asked_again(
 ):  # fmt: skip
     def kill_all(num_replies: int) -> None:
         if num_replies == 20:
-            for worker in askers():
+            for worker in askers(nodes):
                 worker.kill()
 
     with pytest.raises(LaunchError, match=r"cluster\.max_failures=0"):
