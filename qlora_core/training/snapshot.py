@@ -11,8 +11,10 @@
         MANIFEST.json           written last: size and SHA-256 of each file, attempt, job
 
 Files are written and synced in a hidden folder that one rename makes visible. Reading verifies
-every byte; a damaged snapshot is set aside, aloud, and the one before it is used. An old one goes
-only when its successor is on disk. safetensors and JSON only: a snapshot is data, not a program.
+every byte; a damaged snapshot is set aside, aloud, and the one before it is used. What cannot be
+*read* is not damaged: a network file system that hiccups for a moment would otherwise have every
+snapshot set aside. An old one goes only when its successor is on disk. safetensors and JSON only: a
+snapshot is data, not a program.
 """
 
 import shutil
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from qlora_core.artifacts import Frozen
 from qlora_core.config import SnapshotConfig
-from qlora_core.errors import storing
+from qlora_core.errors import StoreError, storing
 from qlora_core.fingerprint import file_digest
 from qlora_core.ports import StepMetrics
 from qlora_core.training.attempt import Attempt
@@ -187,12 +189,12 @@ def newest_valid(scratch: Path, job: str, notes: list[str]) -> Path | None:
     """Return the newest snapshot of which every byte is right; set damaged ones aside, aloud.
 
     Raises:
-        StoreError: Those that cannot be read cannot be set aside, either: it is not they.
+        StoreError: One cannot be read just now, which says nothing of its bytes.
     """
     with storing(scratch / FOLDER, "read"):
         folders = snapshots_in(scratch / FOLDER)
     for folder in folders:
-        problem = damage(folder, job)
+        problem = _damage_or_way_out(folder, job)
         if problem is None:
             return folder
         with storing(folder):
@@ -201,12 +203,33 @@ def newest_valid(scratch: Path, job: str, notes: list[str]) -> Path | None:
     return None
 
 
+def _damage_or_way_out(folder: Path, job: str) -> str | None:
+    try:
+        return damage(folder, job)
+    except StoreError as error:
+        raise StoreError(
+            error.what,
+            why="A snapshot that cannot be read just now may be whole, so it is not passed over.",
+            fix=f"{error.fix} Should it stay so, move {folder} away: training goes on from the "
+            "snapshot before it.",
+        ) from error
+
+
 def damage(folder: Path, job: str) -> str | None:
-    """Say what is wrong with a snapshot, or return None."""
+    """Say what is wrong with a snapshot, or return None.
+
+    Raises:
+        StoreError: It cannot be read, so nobody can say.
+    """
+    with storing(folder, "read"):
+        return _damage(folder, job)
+
+
+def _damage(folder: Path, job: str) -> str | None:
     try:
         text = (folder / MANIFEST_FILE).read_text("utf-8")
         manifest = SnapshotManifest.model_validate_json(text)
-    except (OSError, UnicodeDecodeError, ValidationError):
+    except (FileNotFoundError, UnicodeDecodeError, ValidationError):
         return f"its {MANIFEST_FILE} is missing or damaged"
     if manifest.schema_version != SCHEMA or manifest.job != job:
         return "it belongs to another job or another version of this program"
@@ -221,8 +244,6 @@ def _damage_of(path: Path, sealed: SnapshotFile) -> str | None:
         is_whole = path.stat().st_size == sealed.size_bytes and file_digest(path) == sealed.sha256
     except FileNotFoundError:
         return f"{path.name} is missing"
-    except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
     return None if is_whole else f"{path.name} is damaged"
 
 
