@@ -17,6 +17,7 @@ snapshot set aside. An old one goes only when its successor is on disk. safetens
 snapshot is data, not a program.
 """
 
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ FOLDER = "snapshots"
 MANIFEST_FILE = "MANIFEST.json"
 _ADAPTER, _OPTIMIZER, _BEST = "adapter.safetensors", "optimizer.safetensors", "best.safetensors"
 _JOURNAL, _STATE = "journal.jsonl", "state.json"
+_TORSO = re.compile(r"\.step_\d+-\d+\.\d+\.tmp")
 
 
 @dataclass(frozen=True)
@@ -150,15 +152,33 @@ class SnapshotWriter:
         return self._root / name
 
     def _clear(self, newest: Path) -> None:
+        """Remove what ``newest`` makes superfluous; never what a newer attempt has written.
+
+        A worker may sleep for minutes before any line of this, so asking whether it is current is
+        not enough: what it removes must be superfluous whoever else writes here.
+        """
+        self._attempt.require_current()
         with storing(self._root, "read"):
-            older = [folder for folder in snapshots_in(self._root) if folder != newest]
-            torsos = list(self._root.glob(".step_*.tmp"))
-        for folder in [*older[self._config.keep - 1 :], *torsos]:
+            ours = [f for f in snapshots_in(self._root) if f != newest and _is_before(f, newest)]
+            hidden = [path for path in self._root.iterdir() if _TORSO.fullmatch(path.name)]
+        torsos = [path for path in hidden if _token_of(path) <= _token_of(newest)]
+        for folder in [*ours[self._config.keep - 1 :], *torsos]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _name(step: int, attempt: str) -> str:
     return f"step_{step:08d}-{attempt}"
+
+
+def _token_of(folder: Path) -> tuple[int, int]:
+    """Return launch and start of the attempt that a snapshot, or its torso, is of."""
+    launch, _, start = folder.name.removesuffix(".tmp").partition("-")[2].partition(".")
+    return int(launch), int(start)
+
+
+def _is_before(folder: Path, other: Path) -> bool:
+    """Say whether a snapshot is of no later step and no newer attempt than another."""
+    return step_of(folder) <= step_of(other) and _token_of(folder) <= _token_of(other)
 
 
 def step_of(folder: Path) -> int:

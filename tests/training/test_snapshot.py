@@ -1,6 +1,8 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from qlora_core.config import SnapshotConfig
 from qlora_core.errors import LaunchError, StoreError
 from qlora_core.ports import StepMetrics, TrainJob
+from qlora_core.training import snapshot
 from qlora_core.training.attempt import claim, next_launch, read_record
 from qlora_core.training.comm import Alone
 from qlora_core.training.desk import SUMMARY_FILE, job_fingerprint
@@ -269,6 +272,63 @@ def test_a_stale_attempt_stops_before_it_writes(make_job):
 
     assert [f.name for f in snapshots_in(job.scratch / FOLDER)] == ["step_00000002-0001.1"]
     assert list(job.out.iterdir()) == []
+
+
+def saved(job: TrainJob):
+    """Return what the newest snapshot of a killed training holds, and the name of its job."""
+    return load(snapshots_in(job.scratch / FOLDER)[0]), job_fingerprint(job)
+
+
+def at_step(state, step: int):
+    return replace(state, position=replace(state.position, step=step))
+
+
+@pytest.mark.parametrize("wakes_in", ["sync", "_clear", "snapshots_in"])
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_stale_attempt_that_wakes_up_while_it_clears_spares_what_its_successor_wrote(
+    wakes_in, keep, two_snapshots, tmp_path, monkeypatch
+):
+    state, job = saved(two_snapshots)
+    config = SnapshotConfig(every_steps=1, keep=keep)
+    old = SnapshotWriter(tmp_path, config, claim(tmp_path, "0001", 0), job)
+    root, real, slept = tmp_path / FOLDER, getattr(snapshot, wakes_in, None), []
+
+    def successor() -> None:
+        """All of it while the old attempt sleeps: one snapshot is whole, the next half-written."""
+        slept.append(True)
+        new = SnapshotWriter(tmp_path, config, claim(tmp_path, "0001", 15), job)
+        new.save(at_step(state, 30))
+        (root / ".step_00000031-0001.2.tmp").mkdir()
+
+    def sleeps_first(*given):
+        if not slept and (root / "step_00000015-0001.1").exists():
+            successor()
+        return real(*given)
+
+    if wakes_in == "_clear":
+        real = SnapshotWriter._clear
+        monkeypatch.setattr(SnapshotWriter, "_clear", sleeps_first)
+    else:
+        monkeypatch.setattr(snapshot, wakes_in, sleeps_first)
+    with suppress(LaunchError):  # it hears of it, unless it had asked just before
+        old.save(at_step(state, 15))
+
+    assert slept
+    assert (root / ".step_00000031-0001.2.tmp").exists()
+    assert newest_valid(tmp_path, job, []) == root / "step_00000030-0001.2"
+
+
+def test_an_attempt_clears_away_what_earlier_ones_have_left(two_snapshots, tmp_path):
+    state, job = saved(two_snapshots)
+    config = SnapshotConfig(every_steps=1, keep=1)
+    old = SnapshotWriter(tmp_path, config, claim(tmp_path, "0001", 0), job)
+    old.save(at_step(state, 9))
+    (tmp_path / FOLDER / ".step_00000010-0001.1.tmp").mkdir()
+    starts = [claim(tmp_path, "0001", 9) for _ in range(9)]  # the tenth is no text before the first
+
+    SnapshotWriter(tmp_path, config, starts[-1], job).save(at_step(state, 10))
+
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["step_00000010-0001.10"]
 
 
 def test_an_older_launch_cannot_claim_the_folder_again(tmp_path):
