@@ -123,27 +123,27 @@ def test_wherever_the_store_fails_it_is_said_and_the_next_try_ends_with_the_same
 
 
 @NO_FULL
-@pytest.mark.parametrize(
-    "name", ["out/curve.jsonl", "scratch/.summary.json.tmp", "scratch/.ATTEMPT.tmp"]
-)
+@pytest.mark.parametrize("name", ["out/curve.jsonl", "scratch/summary.json", "scratch/ATTEMPT"])
 def test_the_kernels_own_word_of_a_full_disk_is_passed_on_with_the_file_it_is_about(name, make_job):
     job = make_job(max_steps=1)
     launch = next_launch(job.scratch)
-    (job.scratch.parent / name).symlink_to("/dev/full")
+    path = job.scratch.parent / name
+    written = durable.hidden_name(path) if name.startswith("scratch") else path
+    written.symlink_to("/dev/full")
 
     with pytest.raises(StoreError, match="the disk is full") as caught:
         run_worker(job, Alone(), EVERY_STEP, launch, CPU)
 
-    shown = name.replace("/.", "/").removesuffix(".tmp")
-    assert f"cannot write {job.scratch.parent / shown}:" in caught.value.what
+    assert f"cannot write {path}:" in caught.value.what
     assert "Free some space" in caught.value.fix
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EDQUOT, errno.EIO, errno.ESTALE])
 def test_a_rename_that_fails_leaves_what_was_there(code, tmp_path, monkeypatch):
     durable.replace_durably(tmp_path / "summary.json", b"old")
+    hidden = durable.hidden_name(tmp_path / "summary.json")
     FaultyDisk((tmp_path,)).install(monkeypatch).fail_at(
-        numberless(f"replace {tmp_path.name}/.summary.json.tmp"), code
+        numberless(f"replace {tmp_path.name}/{hidden.name}"), code
     )
     with pytest.raises(StoreError, match=r"cannot write .*/summary\.json: "):
         durable.replace_durably(tmp_path / "summary.json", b"new")
