@@ -21,6 +21,7 @@ from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.data.prepared import Rows, read_split
 from qlora_core.errors import DataError, ModelError, ResourceError, hiccups_told
 from qlora_core.modeling.dense import dense_weights
+from qlora_core.modeling.dropout import dropped_by_row
 from qlora_core.modeling.fusing import always_here, fused
 from qlora_core.modeling.heap import give_back_at_once
 from qlora_core.modeling.kernels import find_kernels, sizes_of
@@ -288,12 +289,13 @@ def fast_paths(run: Run) -> Iterator[Run]:
             run.loss.notes.append(
                 f"The model's own code computes {', '.join(taken.slow_parts)}: correct, but slower."
             )
+        dropout = stack.enter_context(dropped_by_row(run.model))
         stack.enter_context(dense_weights(run.model, taken.spare_bytes, taken.base_layers))
         is_sharded = run.base is not None
         num_lanes = _num_lanes(run.loss, run.config.micro_batch, run.device, is_sharded=is_sharded)
         lanes = stack.enter_context(open_lanes(num_lanes))
         together = _together(run, taken.forget)
-        yield replace(run, lanes=lanes, forget=taken.forget, together=together)
+        yield replace(run, lanes=lanes, forget=taken.forget, together=together, dropout=dropout)
 
 
 def _together(run: Run, forget: Callable[[], None]) -> Together | None:
