@@ -42,7 +42,7 @@ from qlora_core.training.lanes import Lanes
 from qlora_core.training.memory import is_out_of_memory, peak_memory_bytes
 from qlora_core.training.objective import LossFunction
 from qlora_core.training.optimizer import FlatGradients, Parameters
-from qlora_core.training.room import Room
+from qlora_core.training.room import Passes, Room
 from qlora_core.training.schedule import learning_rate
 from qlora_core.training.together import Together
 
@@ -104,6 +104,8 @@ class Run:
     """How passes over a sharded base are made."""
     dropout: RowDropout | None = None
     """Draws masks, if the model has dropout."""
+    passes: tuple[Passes, ...] = ()
+    """How each worker, by rank, made its passes when it started; its own may be smaller by now."""
 
 
 @dataclass(frozen=True)

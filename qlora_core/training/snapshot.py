@@ -20,6 +20,7 @@ snapshot is data, not a program.
 import re
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from qlora_core.training.durable import sync, write_durably
 from qlora_core.training.journal import read_journal
 from qlora_core.training.loop import Position
 from qlora_core.training.optimizer import OptimizerState
+from qlora_core.training.room import Passes
 
 SCHEMA = 1
 HURRY_S = 300.0
@@ -56,6 +58,8 @@ class TrainingState:
     adapter: dict[str, Tensor]
     optimizer: OptimizerState
     steps: list[StepMetrics]
+    passes: tuple[Passes, ...] = ()
+    """How each worker makes its passes, by rank."""
 
 
 class SnapshotFile(Frozen):
@@ -89,6 +93,8 @@ class _State(Frozen):
     num_measured_since_best: int
     stopped_early: bool
     optimizer_numbers: dict[str, int | float]
+    passes: tuple[Passes, ...] = ()
+    """By rank; snapshots of older versions have none."""
 
 
 class SnapshotWriter:
@@ -277,22 +283,41 @@ def load(folder: Path) -> TrainingState:
         return _load(folder)
 
 
+def passes_of_newest(scratch: Path, job: str) -> tuple[Passes, ...]:
+    """Return how workers made their passes when the newest snapshot was taken; none: unknown.
+
+    Asked before the base is loaded, so nothing is verified: it says what would be good to do again.
+
+    Raises:
+        StoreError: It cannot be read just now.
+    """
+    with storing(scratch / FOLDER, "read"):
+        for folder in snapshots_in(scratch / FOLDER)[:1]:
+            with suppress(FileNotFoundError, UnicodeDecodeError, ValidationError):
+                text = (folder / MANIFEST_FILE).read_text("utf-8")
+                if SnapshotManifest.model_validate_json(text).job == job:
+                    return _State.model_validate_json((folder / _STATE).read_text("utf-8")).passes
+    return ()
+
+
 def _load(folder: Path) -> TrainingState:
-    saved = _State.model_validate_json((folder / _STATE).read_text("utf-8")).model_dump()
-    numbers = saved.pop("optimizer_numbers")
+    state = _State.model_validate_json((folder / _STATE).read_text("utf-8"))
+    saved = state.model_dump(exclude={"optimizer_numbers", "passes"})
     best = load_file(folder / _BEST) if (folder / _BEST).exists() else None
     return TrainingState(
         position=Position(**saved, best_adapter=best),
         adapter=load_file(folder / _ADAPTER),
-        optimizer=OptimizerState(load_file(folder / _OPTIMIZER), numbers),
+        optimizer=OptimizerState(load_file(folder / _OPTIMIZER), state.optimizer_numbers),
         steps=read_journal(folder / _JOURNAL),
+        passes=state.passes,
     )
 
 
 def _write_files(folder: Path, state: TrainingState) -> None:
     position = dict(vars(state.position))
     best = position.pop("best_adapter")
-    saved = _State(**position, optimizer_numbers=state.optimizer.numbers)
+    numbers = state.optimizer.numbers
+    saved = _State(**position, optimizer_numbers=numbers, passes=state.passes)
     lines = "".join(step.model_dump_json() + "\n" for step in state.steps)
     _write_tensors(folder / _ADAPTER, state.adapter)
     _write_tensors(folder / _OPTIMIZER, state.optimizer.tensors)

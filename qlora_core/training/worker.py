@@ -5,8 +5,8 @@ due, and the result. It also decides where to go on (the newest snapshot that ve
 start is everybody's start, so workers on unlike machines still hold the same adapter.
 
 Left in ``job.out``, to be sealed: the adapter in PEFT's format and `curve.jsonl`; byte for byte
-the same for the same job on the same number of workers. What was measured goes to
-``<scratch>/summary.json``.
+the same for the same job on as many CPU workers of a kind that find memory for passes of as many
+rows. What was measured goes to ``<scratch>/summary.json``.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ from qlora_core.training.memory import is_out_of_memory, memory_for_worker, peak
 from qlora_core.training.objective import LossFunction
 from qlora_core.training.optimizer import FlatGradients, make_optimizer, restore
 from qlora_core.training.placing import Placement, demand_of, place_base
-from qlora_core.training.room import SMALLER, Demand, Room, find_room
+from qlora_core.training.room import SMALLER, Demand, Passes, Room, find_room
 from qlora_core.training.start import agree_on_halvings, require_store
 from qlora_core.training.together import Together
 
@@ -87,7 +87,8 @@ def run_worker(
     with _memory_errors():
         require_store(job, comm)
         num_halvings = agree_on_halvings(job, comm, launch, notes)
-        run = _prepare(job, comm, device, notes, cluster, num_halvings)
+        before = _passes_before(job, comm)
+        run = _prepare(job, comm, device, notes, cluster, num_halvings, before)
         position, steps = _go_on(run, job, notes)
         if comm.rank == 0:
             desk = open_desk(run, job, snapshots, launch, position.step, steps, notes)
@@ -108,6 +109,16 @@ def _last_word(run: Run) -> LastWord:
     return LastWord(notes=tuple(run.loss.notes), peak_bytes=peak, num_rows=run.room.num_rows)
 
 
+def _passes_before(job: TrainJob, comm: Comm) -> Passes | None:
+    """Return how this worker made its passes at the newest snapshot, if there were as many then."""
+    found = []
+    if comm.rank == 0:
+        known = snapshot.passes_of_newest(job.scratch, job_fingerprint(job))
+        found = [passes.model_dump() for passes in known]
+    found = comm.broadcast(found)
+    return Passes(**found[comm.rank]) if len(found) == comm.world_size else None
+
+
 def plan_of(job: TrainJob, num_rows: int) -> Plan:
     """Return the content of every step of ``job`` on a dataset of ``num_rows`` training rows."""
     return plan_training(job.training, job.seed, num_rows)
@@ -120,6 +131,7 @@ def _prepare(
     notes: list[str],
     cluster: ClusterConfig,
     num_halvings: int,
+    before: Passes | None,
 ) -> Run:
     with hiccups_told(job.data):
         train_rows, heldout = read_split(job.data, "train"), read_split(job.data, "heldout")
@@ -138,7 +150,7 @@ def _prepare(
             loaded = load_base(job.base, device)
     model = attach_adapter(loaded, job.adapter, job.seed)
     rows = (train_rows, heldout)
-    return assemble(job, model, rows, comm, device, notes, num_halvings, base)
+    return assemble(job, model, rows, comm, device, notes, num_halvings, base, before)
 
 
 def assemble(
@@ -150,6 +162,7 @@ def assemble(
     notes: list[str],
     num_halvings: int = 0,
     base: ShardedBase | None = None,
+    before: Passes | None = None,
 ) -> Run:
     """Return what `train` takes, the ways that work for this model and device found by trying.
 
@@ -162,6 +175,7 @@ def assemble(
         notes: Where it is said what had to be done the slow way.
         num_halvings: How often passes were too large before.
         base: The model's base, if it is sharded.
+        before: How this worker made its passes when the snapshot was taken that it goes on from.
     """
     train_rows, heldout = rows
     is_alone = base is None or comm.world_size == 1
@@ -170,7 +184,9 @@ def assemble(
         torch.cuda.reset_peak_memory_stats(device)
     place = Placement(base is not None, base is not None and base.is_offloaded)
     demand = demand_of(job, _shape(model, job), train_rows, comm, device, place)
-    room = _find_room(replace(demand, num_halvings=num_halvings), comm, loss, device)
+    demand = replace(demand, num_halvings=num_halvings, before=before)
+    room = _find_room(demand, comm, loss, device)
+    passes = comm.gather(room.passes.model_dump())
     _set_checkpointing(model, job, room.recompute, device)
     parameters = trainable_parameters(model)
     return Run(
@@ -188,6 +204,7 @@ def assemble(
         room=room,
         gradients=FlatGradients(parameters),
         base=base,
+        passes=tuple(Passes(**each) for each in passes),
     )
 
 
