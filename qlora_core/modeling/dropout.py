@@ -89,7 +89,7 @@ class RowDropout:
         finally:
             self._pass = None
 
-    def forward_of(self, module: nn.Dropout, layer: int) -> Callable[[Tensor], Tensor]:
+    def forward_of(self, module: nn.Dropout, layer: int) -> Callable[..., Tensor]:
         """Return what computes ``module``, the model's dropout number ``layer``."""
 
         def forward(x: Tensor) -> Tensor:
