@@ -344,7 +344,7 @@ def _seeded(run: Run, step: int) -> Iterator[None]:
         before = _random_state(run.device)
         yield
         is_moved = not torch.equal(before, _random_state(run.device))
-    if is_moved and _DIVISION_MATTERS not in run.loss.notes:
+    if is_moved and run.loss.draws and _DIVISION_MATTERS not in run.loss.notes:
         run.loss.notes.append(_DIVISION_MATTERS)
 
 
