@@ -160,7 +160,8 @@ class AdapterConfig(Config):
     alpha: float = Field(32.0, gt=0)
     """The update is scaled by alpha / R (by alpha / sqrt(R) with `rslora`)."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    """Dropout on the adapter's input."""
+    """Dropout on the adapter's input. A row's masks follow from seed, step, row and layer, so
+    neither the number of workers nor the size of passes changes the result."""
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear", examples=[["q_proj", "v_proj"]]
     )
@@ -380,7 +381,8 @@ class SnapshotConfig(Runtime):
     every_s: float = Field(60.0, gt=0)
     """Save when this many seconds have passed since the last snapshot."""
     keep: int = Field(2, gt=0)
-    """Keep the newest so many snapshots; each has the adapter of the best held-out loss so far."""
+    """Keep the newest so many snapshots. With `training.heldout_every`, each of them holds a copy
+    of the best adapter so far, so that is never cleared away."""
     validate_beside: bool = False
     """Measure each snapshot's held-out loss beside training, without stopping it: on a worker more,
     while the cluster has room for one beside `cluster.workers` (of a range: its `max`); on a Ray

@@ -49,9 +49,7 @@ class JobOrder(Frozen):
 
     def final_error(self) -> QLoraError | None:
         """Return what a worker has left for whoever is first to see it: the job is to end."""
-        if not isinstance(self.spec, RaySpec) or not self.spec.error_file.exists():
-            return None
-        return from_json(json.loads(self.spec.error_file.read_text("utf-8")))
+        return self.spec.final_error() if isinstance(self.spec, RaySpec) else None
 
     def answer(self) -> dict[str, str] | None:
         """Return what the job answered; None as long as it has not."""

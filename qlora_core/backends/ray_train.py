@@ -8,7 +8,6 @@ on from the newest verified snapshot.
 Nothing of Ray is imported here; the driver is a process of its own (`ray_process`).
 """
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -150,13 +149,15 @@ def _watch(
     driver: DriverProcess, spec: RaySpec, follower: StepFollower, check: Callable[[], None]
 ) -> bool:
     """Follow a driver to its end; return whether it finished, False if it was lost."""
-    while not driver.has_answered() and not spec.error_file.exists():
+    error = spec.final_error()
+    while error is None and not driver.has_answered():
         check()
         follower.catch_up()
         time.sleep(_POLL_S)
+        error = spec.final_error()
     follower.catch_up()
-    if spec.error_file.exists():
-        raise from_json(json.loads(spec.error_file.read_text("utf-8")))
+    if error := error or spec.final_error():  # the worker knows more than the driver
+        raise error
     outcome = driver.outcome()
     if outcome:
         raise from_json(outcome)

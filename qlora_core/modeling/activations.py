@@ -50,8 +50,7 @@ def adapted_layer_bytes(shape: Shape, adapter: AdapterConfig, compute_bytes: int
     is_shared = compute_bytes == _FLOAT and not adapter.dropout
     inputs = _inputs(shape)
     copies = _inputs(shape, 2 * shape.hidden) if is_shared else inputs
-    mask = _FLOAT if compute_bytes == _FLOAT else 1  # a CPU keeps dropout's mask in float32
-    masks = mask * inputs if adapter.dropout else 0
+    masks = inputs if adapter.dropout else 0  # a byte for each number (`modeling.dropout`)
     ranks = adapter.rank * num_adapted
     return (
         _FLOAT * (2 * shape.hidden + copies + ranks + shape.num_heads + _NUM_NORMS)

@@ -74,6 +74,7 @@ class Desk:
                 adapter={name: p.detach() for name, p in self.run.parameters.items()},
                 optimizer=state_of(self.run.optimizer),
                 steps=self.journal.steps,
+                passes=(self.run.room.passes, *self.run.passes[1:]),
             )
         )
 

@@ -8,8 +8,9 @@ backward pass, as workers of a cluster do, but with one copy of the weights. tor
 interpreter lock while it computes.
 
 The parts' gradients are added in the order of the lanes, whoever finishes first, so the same rows
-on the same number of lanes give the same bits. Dropout draws from one stream that threads would
-share out by chance, so it is not for lanes.
+on the same number of lanes give the same bits. What draws is not for lanes: `modeling.dropout`
+knows the rows of one pass at a time, and other draws are from one stream that threads would share
+out by chance.
 """
 
 from collections.abc import Callable, Iterator

@@ -7,18 +7,19 @@ The generator owns no files and no clock but a stopwatch: whoever drives it save
 between two steps, when `Position` and weights agree.
 
 *Resumable.* Everything a step depends on is the weights, the optimizer's memory and the step's
-number: rows come from the plan, dropout from a seed derived of (seed, step, rank). No random state
-is saved, because none outlives a step; the caller's own is left alone.
+number: rows come from the plan, dropout's masks from (seed, step, row, layer). No random state is
+saved, because none outlives a step; the caller's own is left alone.
 
 *The same on any cluster.* Gradients are sums over supervised tokens, divided by those of the whole
-step, so micro-batch and world size only change the order of additions. (With dropout each worker
-draws its own masks, so there the curve depends on the number of workers.)
+step, so micro-batch and world size only change the order of additions. Masks belong to rows
+(`modeling.dropout`). What else a model draws comes from a stream of each worker's and depends on
+how the rows are divided; a note says so where it happens.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -30,16 +31,18 @@ from torch import Tensor, nn
 from qlora_core.config import TrainingConfig
 from qlora_core.data.prepared import Rows
 from qlora_core.errors import NotFiniteError
+from qlora_core.modeling.dropout import DrawnPass, RowDropout
 from qlora_core.modeling.offload import kept_on_host
 from qlora_core.modeling.sharding import ShardedBase
 from qlora_core.ports import StepMetrics
 from qlora_core.training.batching import Indices, Plan, deal, heldout_rows
+from qlora_core.training.collation import Batch
 from qlora_core.training.comm import Comm
 from qlora_core.training.lanes import Lanes
 from qlora_core.training.memory import is_out_of_memory, peak_memory_bytes
 from qlora_core.training.objective import LossFunction
 from qlora_core.training.optimizer import FlatGradients, Parameters
-from qlora_core.training.room import Room
+from qlora_core.training.room import Passes, Room
 from qlora_core.training.schedule import learning_rate
 from qlora_core.training.together import Together
 
@@ -48,6 +51,12 @@ R = TypeVar("R")
 _FLOAT16_WEIGHT = 1 / 16
 """Of a token's loss in float16, which ends at 6e-8: divided by all tokens of a step, gradients
 would vanish (Micikevicius et al. 2018, arXiv:1710.03740). The division follows in float32."""
+
+_DIVISION_MATTERS = (
+    "The model draws at random for all rows of a pass at once (dropout in its attention or among "
+    "experts, or a router's noise), so the result depends on the number of workers and on how many "
+    "rows fit into a pass."
+)
 
 
 @dataclass
@@ -93,6 +102,10 @@ class Run:
     """The base, if it lies in parts on all workers."""
     together: Together | None = None
     """How passes over a sharded base are made."""
+    dropout: RowDropout | None = None
+    """Draws masks, if the model has dropout."""
+    passes: tuple[Passes, ...] = ()
+    """How each worker, by rank, made its passes when it started; its own may be smaller by now."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +182,7 @@ def _add_up_gradients(run: Run, step: int) -> int:
 
     def add_up() -> None:
         run.gradients.zero()
-        compute = partial(_differentiate, run, weight)
+        compute = partial(_differentiate, run, weight, step)
         with _seeded(run, step):
             for part in _passes(run, compute, rows, run.train, goes_back=True):
                 run.gradients.add(part.gradients)
@@ -230,16 +243,26 @@ def _is_float16(run: Run) -> bool:
     return next(run.model.parameters()).dtype == torch.float16
 
 
-def _differentiate(run: Run, weight: float, chunk: Indices) -> _Part:
-    """Return what the rows of ``chunk`` add to the step, each token's loss times ``weight``."""
+def _differentiate(run: Run, weight: float, step: int, chunk: Indices) -> _Part:
+    """Return what the rows of ``chunk`` add to ``step``, each token's loss times ``weight``."""
     batch = run.loss.batch(run.train, chunk, run.device)
-    with kept_on_host() if run.room.offloads else nullcontext():
-        loss = run.loss(batch) * weight
     parameters = list(run.parameters.values())
     gradients: Sequence[Tensor | None] = [None] * len(parameters)
-    if loss.requires_grad:  # something is supervised
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    with _masks(run, step, chunk, batch):
+        with kept_on_host() if run.room.offloads else nullcontext():
+            loss = run.loss(batch) * weight
+        if loss.requires_grad:  # something is supervised
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return _Part(gradients, loss.detach(), batch.input_ids_BT.numel())
+
+
+def _masks(run: Run, step: int, chunk: Indices, batch: Batch) -> AbstractContextManager[None]:
+    """Let dropout draw for the rows of ``chunk``."""
+    if run.dropout is None:
+        return nullcontext()
+    padded_to = None if batch.layout is not None else batch.input_ids_BT.shape[1]
+    lengths = run.train.lengths[chunk].tolist()
+    return run.dropout.drawing(DrawnPass(run.seed, step, chunk.tolist(), lengths, padded_to))
 
 
 def _update(run: Run, step: int) -> _Update:
@@ -310,12 +333,23 @@ def _shares(run: Run, rows: Indices, source: Rows) -> list[list[Indices]]:
 
 @contextmanager
 def _seeded(run: Run, step: int) -> Iterator[None]:
-    """Make dropout a function of (seed, step, rank), and leave the caller's random state alone."""
+    """Make what is drawn a function of (seed, step, rank); leave the caller's random state alone.
+
+    Dropout by row draws nothing here. What moves this stream is drawn for all rows of a pass.
+    """
     entropy = np.random.SeedSequence([run.seed, step, run.comm.rank])
     devices = [run.device] if run.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+        before = _random_state(run.device)
         yield
+        is_moved = not torch.equal(before, _random_state(run.device))
+    if is_moved and run.loss.draws and _DIVISION_MATTERS not in run.loss.notes:
+        run.loss.notes.append(_DIVISION_MATTERS)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _metrics(

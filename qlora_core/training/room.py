@@ -9,7 +9,8 @@ A GPU gets no fewer than 2,048 tokens in a pass for the sake of keeping everythi
 idles for longer than recomputing takes. What the recipe fixes is not changed. What is left over
 keeps weights dequantised. Should a pass run out of memory all the same, `Room.shrink` halves it on
 the way. Neither changes the result: a step has the same rows, and its gradients are the same sums,
-in another order.
+in another order. Another order gives other last bits, so a training that goes on from a snapshot
+makes its passes as it did then (`Passes`), where they still fit.
 
 `qlora plan` and the worker call the same function, so what a plan says is what a worker does, if it
 finds the memory that the plan counted on: a plan knows what a machine has, a worker what is free.
@@ -21,6 +22,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from pydantic import Field
+
+from qlora_core.artifacts import Frozen
 from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
 from qlora_core.data.prepared import Rows
 from qlora_core.errors import ResourceError
@@ -49,6 +53,14 @@ _FIXED: dict[str, Recompute] = {
 }
 
 
+class Passes(Frozen):
+    """In what order a worker adds up: what the memory it finds decides of a result's last bits."""
+
+    num_rows: int = Field(gt=0)
+    """Of a pass, at most."""
+    recompute: Recompute
+
+
 @dataclass(frozen=True)
 class Demand:
     """All that the peak of a training depends on.
@@ -69,6 +81,7 @@ class Demand:
         is_sharded: The base lies in parts on all workers.
         offloads_base: Those lie in the memory of the GPUs' hosts.
         num_halvings: How often a pass has turned out to be too large before.
+        before: How passes were made when the snapshot was taken that training goes on from.
     """
 
     shape: Shape
@@ -86,11 +99,13 @@ class Demand:
     is_sharded: bool = False
     offloads_base: bool = False
     num_halvings: int = 0
+    before: Passes | None = None
 
     @property
     def most_rows(self) -> int:
         """Rows of a pass, at most."""
-        return max(1, self.training.micro_batch >> self.num_halvings)
+        most = max(1, self.training.micro_batch >> self.num_halvings)
+        return most if self.before is None else min(most, self.before.num_rows)
 
     def workload(self, num_rows: int, recompute: Recompute) -> Workload:
         """Return the largest pass of at most ``num_rows`` rows."""
@@ -155,6 +170,13 @@ class Room:
     estimate: MemoryEstimate
     fits: bool
     """As far as can be told; if not, nothing smaller is left."""
+    is_as_before: bool = False
+    """As when the snapshot was taken that training goes on from."""
+
+    @property
+    def passes(self) -> Passes:
+        """What a snapshot keeps of it."""
+        return Passes(num_rows=self.num_rows, recompute=self.recompute)
 
     @property
     def offloads(self) -> bool:
@@ -168,6 +190,14 @@ class Room:
     def notes(self, training: TrainingConfig) -> list[str]:
         """Return what is not as the recipe asks, or may go wrong."""
         found = []
+        is_chosen = self.num_rows < training.micro_batch or self.recompute != "nothing"
+        if self.is_as_before and is_chosen:
+            found.append(
+                f"Passes have at most {self.num_rows} rows"
+                + ("" if self.recompute == "nothing" else " and compute layers again")
+                + ", as before the interruption: so sums are added up in the same order."
+            )
+            return found
         if self.num_rows < training.micro_batch:
             found.append(
                 f"A pass of training.micro_batch={training.micro_batch} rows would not fit; passes "
@@ -223,7 +253,9 @@ def find_room(demand: Demand, memory_bytes: int) -> Room:
             break
     if demand.quantization.keep_dequantized == "auto" and not demand.is_sharded:
         work = work.model_copy(update={"dense_budget_bytes": _spare(demand, usable - need)})
-    return Room(num_rows, recompute, work, demand.estimate(work), fits=need <= usable)
+    fits, estimate = need <= usable, demand.estimate(work)
+    is_as_before = fits and demand.before == Passes(num_rows=num_rows, recompute=recompute)
+    return Room(num_rows, recompute, work, estimate, fits, is_as_before)
 
 
 def _ways(demand: Demand) -> Iterator[tuple[int, Recompute]]:
@@ -233,6 +265,8 @@ def _ways(demand: Demand) -> Iterator[tuple[int, Recompute]]:
         way = "layers" if wanted == "offload" and not has_host else _FIXED[wanted]
         yield from ((num_rows, way) for num_rows in _halves(most))
         return
+    if demand.before is not None and demand.before.num_rows == most:
+        yield most, demand.before.recompute
     for num_rows in _halves(most):
         is_small = demand.workload(num_rows, "nothing").num_tokens < _WORTH_RECOMPUTING
         if demand.device == "cpu" or num_rows == most or not is_small:

@@ -11,12 +11,16 @@
         MANIFEST.json           written last: size and SHA-256 of each file, attempt, job
 
 Files are written and synced in a hidden folder that one rename makes visible. Reading verifies
-every byte; a damaged snapshot is set aside, aloud, and the one before it is used. An old one goes
-only when its successor is on disk. safetensors and JSON only: a snapshot is data, not a program.
+every byte; a damaged snapshot is set aside, aloud, and the one before it is used. What cannot be
+*read* is not damaged: a network file system that hiccups for a moment would otherwise have every
+snapshot set aside. An old one goes only when its successor is on disk. safetensors and JSON only: a
+snapshot is data, not a program.
 """
 
+import re
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +30,7 @@ from torch import Tensor
 
 from qlora_core.artifacts import Frozen
 from qlora_core.config import SnapshotConfig
-from qlora_core.errors import storing
+from qlora_core.errors import StoreError, storing
 from qlora_core.fingerprint import file_digest
 from qlora_core.ports import StepMetrics
 from qlora_core.training.attempt import Attempt
@@ -34,6 +38,7 @@ from qlora_core.training.durable import sync, write_durably
 from qlora_core.training.journal import read_journal
 from qlora_core.training.loop import Position
 from qlora_core.training.optimizer import OptimizerState
+from qlora_core.training.room import Passes
 
 SCHEMA = 1
 HURRY_S = 300.0
@@ -42,6 +47,7 @@ FOLDER = "snapshots"
 MANIFEST_FILE = "MANIFEST.json"
 _ADAPTER, _OPTIMIZER, _BEST = "adapter.safetensors", "optimizer.safetensors", "best.safetensors"
 _JOURNAL, _STATE = "journal.jsonl", "state.json"
+_TORSO = re.compile(r"\.step_\d+-\d+\.\d+\.tmp")
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class TrainingState:
     adapter: dict[str, Tensor]
     optimizer: OptimizerState
     steps: list[StepMetrics]
+    passes: tuple[Passes, ...] = ()
+    """How each worker makes its passes, by rank."""
 
 
 class SnapshotFile(Frozen):
@@ -85,6 +93,8 @@ class _State(Frozen):
     num_measured_since_best: int
     stopped_early: bool
     optimizer_numbers: dict[str, int | float]
+    passes: tuple[Passes, ...] = ()
+    """By rank; snapshots of older versions have none."""
 
 
 class SnapshotWriter:
@@ -148,15 +158,33 @@ class SnapshotWriter:
         return self._root / name
 
     def _clear(self, newest: Path) -> None:
+        """Remove what ``newest`` makes superfluous; never what a newer attempt has written.
+
+        A worker may sleep for minutes before any line of this, so asking whether it is current is
+        not enough: what it removes must be superfluous whoever else writes here.
+        """
+        self._attempt.require_current()
         with storing(self._root, "read"):
-            older = [folder for folder in snapshots_in(self._root) if folder != newest]
-            torsos = list(self._root.glob(".step_*.tmp"))
-        for folder in [*older[self._config.keep - 1 :], *torsos]:
+            ours = [f for f in snapshots_in(self._root) if f != newest and _is_before(f, newest)]
+            hidden = [path for path in self._root.iterdir() if _TORSO.fullmatch(path.name)]
+        torsos = [path for path in hidden if _token_of(path) <= _token_of(newest)]
+        for folder in [*ours[self._config.keep - 1 :], *torsos]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _name(step: int, attempt: str) -> str:
     return f"step_{step:08d}-{attempt}"
+
+
+def _token_of(folder: Path) -> tuple[int, int]:
+    """Return launch and start of the attempt that a snapshot, or its torso, is of."""
+    launch, _, start = folder.name.removesuffix(".tmp").partition("-")[2].partition(".")
+    return int(launch), int(start)
+
+
+def _is_before(folder: Path, other: Path) -> bool:
+    """Say whether a snapshot is of no later step and no newer attempt than another."""
+    return step_of(folder) <= step_of(other) and _token_of(folder) <= _token_of(other)
 
 
 def step_of(folder: Path) -> int:
@@ -187,12 +215,12 @@ def newest_valid(scratch: Path, job: str, notes: list[str]) -> Path | None:
     """Return the newest snapshot of which every byte is right; set damaged ones aside, aloud.
 
     Raises:
-        StoreError: Those that cannot be read cannot be set aside, either: it is not they.
+        StoreError: One cannot be read just now, which says nothing of its bytes.
     """
     with storing(scratch / FOLDER, "read"):
         folders = snapshots_in(scratch / FOLDER)
     for folder in folders:
-        problem = damage(folder, job)
+        problem = _damage_or_way_out(folder, job)
         if problem is None:
             return folder
         with storing(folder):
@@ -201,12 +229,33 @@ def newest_valid(scratch: Path, job: str, notes: list[str]) -> Path | None:
     return None
 
 
+def _damage_or_way_out(folder: Path, job: str) -> str | None:
+    try:
+        return damage(folder, job)
+    except StoreError as error:
+        raise StoreError(
+            error.what,
+            why="A snapshot that cannot be read just now may be whole, so it is not passed over.",
+            fix=f"{error.fix} Should it stay so, move {folder} away: training goes on from the "
+            "snapshot before it.",
+        ) from error
+
+
 def damage(folder: Path, job: str) -> str | None:
-    """Say what is wrong with a snapshot, or return None."""
+    """Say what is wrong with a snapshot, or return None.
+
+    Raises:
+        StoreError: It cannot be read, so nobody can say.
+    """
+    with storing(folder, "read"):
+        return _damage(folder, job)
+
+
+def _damage(folder: Path, job: str) -> str | None:
     try:
         text = (folder / MANIFEST_FILE).read_text("utf-8")
         manifest = SnapshotManifest.model_validate_json(text)
-    except (OSError, UnicodeDecodeError, ValidationError):
+    except (FileNotFoundError, UnicodeDecodeError, ValidationError):
         return f"its {MANIFEST_FILE} is missing or damaged"
     if manifest.schema_version != SCHEMA or manifest.job != job:
         return "it belongs to another job or another version of this program"
@@ -221,8 +270,6 @@ def _damage_of(path: Path, sealed: SnapshotFile) -> str | None:
         is_whole = path.stat().st_size == sealed.size_bytes and file_digest(path) == sealed.sha256
     except FileNotFoundError:
         return f"{path.name} is missing"
-    except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
     return None if is_whole else f"{path.name} is damaged"
 
 
@@ -236,22 +283,41 @@ def load(folder: Path) -> TrainingState:
         return _load(folder)
 
 
+def passes_of_newest(scratch: Path, job: str) -> tuple[Passes, ...]:
+    """Return how workers made their passes when the newest snapshot was taken; none: unknown.
+
+    Asked before the base is loaded, so nothing is verified: it says what would be good to do again.
+
+    Raises:
+        StoreError: It cannot be read just now.
+    """
+    with storing(scratch / FOLDER, "read"):
+        for folder in snapshots_in(scratch / FOLDER)[:1]:
+            with suppress(FileNotFoundError, UnicodeDecodeError, ValidationError):
+                text = (folder / MANIFEST_FILE).read_text("utf-8")
+                if SnapshotManifest.model_validate_json(text).job == job:
+                    return _State.model_validate_json((folder / _STATE).read_text("utf-8")).passes
+    return ()
+
+
 def _load(folder: Path) -> TrainingState:
-    saved = _State.model_validate_json((folder / _STATE).read_text("utf-8")).model_dump()
-    numbers = saved.pop("optimizer_numbers")
+    state = _State.model_validate_json((folder / _STATE).read_text("utf-8"))
+    saved = state.model_dump(exclude={"optimizer_numbers", "passes"})
     best = load_file(folder / _BEST) if (folder / _BEST).exists() else None
     return TrainingState(
         position=Position(**saved, best_adapter=best),
         adapter=load_file(folder / _ADAPTER),
-        optimizer=OptimizerState(load_file(folder / _OPTIMIZER), numbers),
+        optimizer=OptimizerState(load_file(folder / _OPTIMIZER), state.optimizer_numbers),
         steps=read_journal(folder / _JOURNAL),
+        passes=state.passes,
     )
 
 
 def _write_files(folder: Path, state: TrainingState) -> None:
     position = dict(vars(state.position))
     best = position.pop("best_adapter")
-    saved = _State(**position, optimizer_numbers=state.optimizer.numbers)
+    numbers = state.optimizer.numbers
+    saved = _State(**position, optimizer_numbers=numbers, passes=state.passes)
     lines = "".join(step.model_dump_json() + "\n" for step in state.steps)
     _write_tensors(folder / _ADAPTER, state.adapter)
     _write_tensors(folder / _OPTIMIZER, state.optimizer.tensors)

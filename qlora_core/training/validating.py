@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_core.data.prepared import read_split
+from qlora_core.errors import StoreError
 from qlora_core.modeling.hosted import BasePlace, load_hosted
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter
@@ -57,8 +58,8 @@ def open_validator(
 
         def validate(folder: Path) -> Validation:
             step = snapshot.step_of(folder)
-            if problem := snapshot.damage(folder, job_fingerprint(job)):
-                return Validation(step=step, note=f"Snapshot {folder.name}: {problem}.")
+            if problem := _problem(folder, job):
+                return Validation(step=step, note=f"Snapshot {folder.name}: {problem}")
             tensors = snapshot.load_adapter(folder)
             with torch.no_grad():
                 for name, parameter in fast.parameters.items():
@@ -68,6 +69,15 @@ def open_validator(
             return Validation(step=step, heldout_loss=measure_heldout(fast), note=note)
 
         yield validate
+
+
+def _problem(folder: Path, job: TrainJob) -> str:
+    """Say why a snapshot cannot be measured, if it cannot; the next one may be."""
+    try:
+        found = snapshot.damage(folder, job_fingerprint(job))
+    except StoreError as error:
+        return error.what
+    return f"{found}." if found else ""
 
 
 def _load(

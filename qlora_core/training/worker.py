@@ -5,8 +5,8 @@ due, and the result. It also decides where to go on (the newest snapshot that ve
 start is everybody's start, so workers on unlike machines still hold the same adapter.
 
 Left in ``job.out``, to be sealed: the adapter in PEFT's format and `curve.jsonl`; byte for byte
-the same for the same job on the same number of workers. What was measured goes to
-``<scratch>/summary.json``.
+the same for the same job on as many CPU workers of a kind that find memory for passes of as many
+rows. What was measured goes to ``<scratch>/summary.json``.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +21,7 @@ from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.data.prepared import Rows, read_split
 from qlora_core.errors import DataError, ModelError, ResourceError, hiccups_told
 from qlora_core.modeling.dense import dense_weights
+from qlora_core.modeling.dropout import dropped_by_row
 from qlora_core.modeling.fusing import always_here, fused
 from qlora_core.modeling.heap import give_back_at_once
 from qlora_core.modeling.kernels import find_kernels, sizes_of
@@ -43,7 +44,7 @@ from qlora_core.training.memory import is_out_of_memory, memory_for_worker, peak
 from qlora_core.training.objective import LossFunction
 from qlora_core.training.optimizer import FlatGradients, make_optimizer, restore
 from qlora_core.training.placing import Placement, demand_of, place_base
-from qlora_core.training.room import SMALLER, Demand, Room, find_room
+from qlora_core.training.room import SMALLER, Demand, Passes, Room, find_room
 from qlora_core.training.start import agree_on_halvings, require_store
 from qlora_core.training.together import Together
 
@@ -86,7 +87,8 @@ def run_worker(
     with _memory_errors():
         require_store(job, comm)
         num_halvings = agree_on_halvings(job, comm, launch, notes)
-        run = _prepare(job, comm, device, notes, cluster, num_halvings)
+        before = _passes_before(job, comm)
+        run = _prepare(job, comm, device, notes, cluster, num_halvings, before)
         position, steps = _go_on(run, job, notes)
         if comm.rank == 0:
             desk = open_desk(run, job, snapshots, launch, position.step, steps, notes)
@@ -107,6 +109,16 @@ def _last_word(run: Run) -> LastWord:
     return LastWord(notes=tuple(run.loss.notes), peak_bytes=peak, num_rows=run.room.num_rows)
 
 
+def _passes_before(job: TrainJob, comm: Comm) -> Passes | None:
+    """Return how this worker made its passes at the newest snapshot, if there were as many then."""
+    found = []
+    if comm.rank == 0:
+        known = snapshot.passes_of_newest(job.scratch, job_fingerprint(job))
+        found = [passes.model_dump() for passes in known]
+    found = comm.broadcast(found)
+    return Passes(**found[comm.rank]) if len(found) == comm.world_size else None
+
+
 def plan_of(job: TrainJob, num_rows: int) -> Plan:
     """Return the content of every step of ``job`` on a dataset of ``num_rows`` training rows."""
     return plan_training(job.training, job.seed, num_rows)
@@ -119,6 +131,7 @@ def _prepare(
     notes: list[str],
     cluster: ClusterConfig,
     num_halvings: int,
+    before: Passes | None,
 ) -> Run:
     with hiccups_told(job.data):
         train_rows, heldout = read_split(job.data, "train"), read_split(job.data, "heldout")
@@ -137,7 +150,7 @@ def _prepare(
             loaded = load_base(job.base, device)
     model = attach_adapter(loaded, job.adapter, job.seed)
     rows = (train_rows, heldout)
-    return assemble(job, model, rows, comm, device, notes, num_halvings, base)
+    return assemble(job, model, rows, comm, device, notes, num_halvings, base, before)
 
 
 def assemble(
@@ -149,6 +162,7 @@ def assemble(
     notes: list[str],
     num_halvings: int = 0,
     base: ShardedBase | None = None,
+    before: Passes | None = None,
 ) -> Run:
     """Return what `train` takes, the ways that work for this model and device found by trying.
 
@@ -161,6 +175,7 @@ def assemble(
         notes: Where it is said what had to be done the slow way.
         num_halvings: How often passes were too large before.
         base: The model's base, if it is sharded.
+        before: How this worker made its passes when the snapshot was taken that it goes on from.
     """
     train_rows, heldout = rows
     is_alone = base is None or comm.world_size == 1
@@ -169,7 +184,9 @@ def assemble(
         torch.cuda.reset_peak_memory_stats(device)
     place = Placement(base is not None, base is not None and base.is_offloaded)
     demand = demand_of(job, _shape(model, job), train_rows, comm, device, place)
-    room = _find_room(replace(demand, num_halvings=num_halvings), comm, loss, device)
+    demand = replace(demand, num_halvings=num_halvings, before=before)
+    room = _find_room(demand, comm, loss, device)
+    passes = comm.gather(room.passes.model_dump())
     _set_checkpointing(model, job, room.recompute, device)
     parameters = trainable_parameters(model)
     return Run(
@@ -187,6 +204,7 @@ def assemble(
         room=room,
         gradients=FlatGradients(parameters),
         base=base,
+        passes=tuple(Passes(**each) for each in passes),
     )
 
 
@@ -288,12 +306,13 @@ def fast_paths(run: Run) -> Iterator[Run]:
             run.loss.notes.append(
                 f"The model's own code computes {', '.join(taken.slow_parts)}: correct, but slower."
             )
+        dropout = stack.enter_context(dropped_by_row(run.model))
         stack.enter_context(dense_weights(run.model, taken.spare_bytes, taken.base_layers))
         is_sharded = run.base is not None
         num_lanes = _num_lanes(run.loss, run.config.micro_batch, run.device, is_sharded=is_sharded)
         lanes = stack.enter_context(open_lanes(num_lanes))
         together = _together(run, taken.forget)
-        yield replace(run, lanes=lanes, forget=taken.forget, together=together)
+        yield replace(run, lanes=lanes, forget=taken.forget, together=together, dropout=dropout)
 
 
 def _together(run: Run, forget: Callable[[], None]) -> Together | None:

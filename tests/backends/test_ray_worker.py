@@ -10,7 +10,7 @@ from qlora_core.backends.ray_worker import RaySpec, WorkerOrder, train_on_worker
 from qlora_core.config import AdapterConfig, QuantizationConfig, SnapshotConfig, TrainingConfig
 from qlora_core.errors import StoreError, storage_error
 from qlora_core.ports import TrainJob
-from qlora_core.training.durable import reserve
+from qlora_core.training.durable import hidden_name, reserve
 from tests.training.faulty_disk import FaultyDisk, numberless
 
 FULL = storage_error(OSError(errno.ENOSPC, "full"), "snapshots")
@@ -55,7 +55,8 @@ def test_an_error_that_is_final_is_left_for_the_launcher(spec):
 def test_an_error_goes_into_the_room_that_was_taken_where_there_is_none_left(spec, monkeypatch):
     reserve(spec.error_file)
     disk = FaultyDisk((spec.job.scratch,)).install(monkeypatch)
-    disk.fail_at(f"open scratch/.{numberless(spec.error_file.name)}.tmp wb", errno.ENOSPC)
+    hidden = numberless(hidden_name(spec.error_file).name)
+    disk.fail_at(f"open scratch/{hidden} wb", errno.ENOSPC)
 
     with pytest.raises(StoreError, match="disk is full"):
         train(spec)
@@ -87,3 +88,22 @@ def test_a_store_that_cannot_be_asked_for_an_error_is_told_as_that(spec, monkeyp
 
     with pytest.raises(StoreError, match=r"cannot read .*lost track"):
         train(spec)
+
+
+def test_an_error_that_is_not_there_in_full_yet_is_asked_for_again(spec):
+    seen = [spec.final_error()]
+    for text in ("", '{"type": "StoreEr', json.dumps(FULL.to_json()) + " " * 100):
+        spec.error_file.write_text(text)
+        seen.append(spec.final_error())
+
+    assert seen[:3] == [None, None, None]
+    assert seen[3].to_json() == FULL.to_json()
+
+
+def test_an_error_that_cannot_be_read_is_not_taken_for_none(spec, monkeypatch):
+    spec.error_file.write_text("{}")
+    disk = FaultyDisk((spec.job.scratch,)).install(monkeypatch)
+    disk.fail_at(f"open scratch/{numberless(spec.error_file.name)} rb", errno.EIO)
+
+    with pytest.raises(StoreError, match="cannot read"):
+        spec.final_error()

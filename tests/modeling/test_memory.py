@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
 from qlora_core.data.prepared import Rows
 from qlora_core.errors import ConfigError
 from qlora_core.modeling.activations import num_pairs_of
+from qlora_core.modeling.dropout import DrawnPass, dropped_by_row
 from qlora_core.modeling.fusing import fused
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
 from qlora_core.modeling.memory import (
@@ -207,7 +210,9 @@ def some_rows(lengths: tuple[int, ...], answer: int) -> Rows:
 def test_pefts_activations_are_within_a_tenth_of_what_autograd_keeps(dtype, dropout):
     adapter = AdapterConfig(rank=8, dropout=dropout)
     model = attach_adapter(small(SMALL, NF4, getattr(torch, dtype)), adapter, 0).train()
-    kept = bytes_kept_for_backward(model, padded(rows=4, length=96, answer=1))
+    rows = DrawnPass(seed=0, step=1, rows=range(4), lengths=(96,) * 4, padded_to=96)
+    with dropped_by_row(model) as drops, drops.drawing(rows) if drops else nullcontext():
+        kept = bytes_kept_for_backward(model, padded(rows=4, length=96, answer=1))
     load = work(4 * 96, 4, dtype=dtype, is_fused=False)
 
     planned = estimate_qlora(shape_of(SMALL, NF4, adapter), NF4, adapter, TRAINING, load)

@@ -223,6 +223,86 @@ def test_dropout_depends_on_seed_and_step_and_leaves_the_callers_random_state_al
     assert losses(first) != losses(curve(make_job("none", dropout=0.0)))
 
 
+@pytest.fixture(scope="module")
+def dropped(nf4_base, dataset, tmp_path_factory) -> list[float]:
+    """The losses of a training with dropout, by one worker, four rows in a pass."""
+    folder = tmp_path_factory.mktemp("dropped")
+    for name in ("out", "scratch"):
+        (folder / name).mkdir()
+    job = TrainJob(
+        base=nf4_base,
+        data=dataset,
+        out=folder / "out",
+        scratch=folder / "scratch",
+        quantization=QuantizationConfig(),
+        adapter=AdapterConfig(rank=4, dropout=0.1),
+        training=TrainingConfig(**SMALL),
+        seed=3,
+    )
+    return losses(curve(job))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "training"),
+    [
+        (2, {}),
+        (3, {}),
+        (1, {"micro_batch": 1}),
+        (1, {"micro_batch": 8}),
+        (1, {"checkpointing": "on"}),
+        (2, {"checkpointing": "on", "micro_batch": 2}),
+    ],
+)
+def test_with_dropout_the_curve_is_the_same_however_rows_are_divided(
+    world_size, training, dropped, make_job
+):
+    steps = curve(make_job("split", dropout=0.1, **training), world_size)
+
+    assert losses(steps) == pytest.approx(dropped, rel=1e-5)
+
+
+def test_with_dropout_padded_rows_give_the_curve_of_packed_ones(dropped, make_job, monkeypatch):
+    monkeypatch.setattr(LossFunction, "_difference", lambda *_: "padding is to be tried")
+    job = make_job("padded", dropout=0.1)
+
+    steps = curve(job)
+
+    assert losses(steps) == pytest.approx(dropped, rel=1e-5)
+    assert "padding is to be tried" in " ".join(facts_of(job).notes)
+
+
+def test_with_dropout_a_pass_that_is_halved_changes_nothing(dropped, make_job, monkeypatch):
+    out_of_memory_above(monkeypatch, 1)
+    job = make_job("tight", dropout=0.1)
+
+    steps = curve(job)
+
+    assert losses(steps) == pytest.approx(dropped, rel=1e-5)
+    assert facts_of(job).num_rows_per_pass == 1
+    assert not any("depends on" in note for note in facts_of(job).notes)
+
+
+def test_where_a_model_draws_for_a_whole_pass_it_is_said_that_the_division_matters(
+    dropped, make_job, monkeypatch
+):
+    """An attention that drops: its function is given a rate, and no module can be replaced."""
+    load = worker.load_base
+
+    def load_dropping(*given):
+        model = load(*given)
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+        return model
+
+    monkeypatch.setattr(worker, "load_base", load_dropping)
+    job = make_job("dropping", dropout=0.1)
+
+    steps = curve(job)
+
+    assert losses(steps) != pytest.approx(dropped, rel=1e-5)
+    assert sum("depends on the number of workers" in note for note in facts_of(job).notes) == 1
+
+
 def test_recomputing_activations_gives_the_same_numbers(make_job):
     kept = curve(make_job("off", checkpointing="off", dropout=0.1))
 

@@ -1,6 +1,9 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -9,20 +12,27 @@ from safetensors.torch import load_file
 
 from qlora_core.config import SnapshotConfig
 from qlora_core.errors import LaunchError, StoreError
+from qlora_core.modeling.loading import load_saved_config
+from qlora_core.modeling.memory import USABLE
+from qlora_core.modeling.shape import shape_of
 from qlora_core.ports import StepMetrics, TrainJob
+from qlora_core.training import snapshot, worker
 from qlora_core.training.attempt import claim, next_launch, read_record
 from qlora_core.training.comm import Alone
 from qlora_core.training.desk import SUMMARY_FILE, job_fingerprint
 from qlora_core.training.journal import JOURNAL_FILE, read_curve, read_journal
+from qlora_core.training.room import Demand, Passes, find_room
 from qlora_core.training.snapshot import (
     FOLDER,
     SnapshotWriter,
     damage,
     load,
     newest_valid,
+    passes_of_newest,
     snapshots_in,
 )
 from qlora_core.training.worker import run_worker
+from tests.training.fakes import run_on_threads
 
 OFTEN = SnapshotConfig(every_steps=2, keep=2)
 
@@ -133,6 +143,87 @@ def test_after_a_notice_it_is_always_time_unless_saving_takes_longer_than_traini
     assert (before, after, slow) == (False, True, False)
 
 
+def with_memory_for(monkeypatch, num_rows: int) -> None:
+    """Let workers find the memory for passes of so many of a micro-batch's 8 rows."""
+
+    def found(demand, _):
+        at = replace(demand, before=None)  # whatever was before: memory is what is there
+        needs = at.estimate(at.workload(num_rows, "nothing")).total
+        return find_room(demand, ceil(needs / USABLE) + 1)
+
+    monkeypatch.setattr(worker, "find_room", found)
+
+
+def test_a_training_goes_on_with_passes_as_they_were_though_there_is_more_memory_now(
+    make_job, monkeypatch
+):
+    whole, broken = (make_job(name, micro_batch=8) for name in ("whole", "broken"))
+    with_memory_for(monkeypatch, 2)
+    run(whole)
+    run(broken, kill_after=3)
+    with_memory_for(monkeypatch, 8)
+
+    run(broken)
+
+    assert files(broken.out) == files(whole.out)
+    assert facts(broken)["num_rows_per_pass"] == 2
+    assert "as before the interruption" in " ".join(facts(broken)["notes"])
+
+
+def test_another_number_of_workers_makes_its_own_passes(make_job, monkeypatch):
+    job = make_job(micro_batch=8)
+    with_memory_for(monkeypatch, 2)
+    run(job, kill_after=3)
+    with_memory_for(monkeypatch, 8)
+    launch = next_launch(job.scratch)
+
+    run_on_threads(2, lambda comm: run_worker(job, comm, OFTEN, launch, torch.device("cpu")))
+
+    assert facts(job)["resumed_at"] == [2]
+    assert facts(job)["num_rows_per_pass"] == 8
+
+
+def test_a_snapshot_of_a_version_that_did_not_keep_passes_is_gone_on_from(make_job):
+    job = make_job()
+    run(job, kill_after=3)
+    folder = snapshots_in(job.scratch / FOLDER)[0]
+    state = json.loads((folder / "state.json").read_text())
+    del state["passes"]
+    (folder / "state.json").write_text(json.dumps(state))
+
+    assert passes_of_newest(job.scratch, job_fingerprint(job)) == ()
+    assert load(folder).position.step == 2
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "memory_for", "expected"),
+    [
+        (2, (8, "nothing"), (2, "layers")),  # all fits, but it was so before
+        (2, (2, "layers"), (2, "layers")),
+        (2, (1, "layers"), (1, "layers")),  # no longer fits
+    ],
+)
+def test_passes_are_as_before_where_they_fit(num_rows, memory_for, expected, make_job):
+    job = make_job(micro_batch=8)
+    demand = Demand(
+        shape=shape_of(load_saved_config(job.base), job.quantization, job.adapter),
+        quantization=job.quantization,
+        adapter=job.adapter,
+        training=job.training,
+        device="cpu",
+        compute_dtype="float32",
+        max_length=2000,
+    )
+    memory_bytes = ceil(demand.estimate(demand.workload(*memory_for)).total / USABLE) + 1
+
+    room = find_room(
+        replace(demand, before=Passes(num_rows=num_rows, recompute="layers")), memory_bytes
+    )
+
+    assert (room.num_rows, room.recompute) == expected
+    assert room.is_as_before is (expected == (num_rows, "layers"))
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
@@ -151,6 +242,7 @@ DAMAGES: list[Callable[[Path], None]] = [truncate, flip_a_bit, empty, Path.unlin
 FILES = [
     "adapter.safetensors",
     "optimizer.safetensors",
+    "best.safetensors",
     "journal.jsonl",
     "state.json",
     "MANIFEST.json",
@@ -269,6 +361,63 @@ def test_a_stale_attempt_stops_before_it_writes(make_job):
 
     assert [f.name for f in snapshots_in(job.scratch / FOLDER)] == ["step_00000002-0001.1"]
     assert list(job.out.iterdir()) == []
+
+
+def saved(job: TrainJob):
+    """Return what the newest snapshot of a killed training holds, and the name of its job."""
+    return load(snapshots_in(job.scratch / FOLDER)[0]), job_fingerprint(job)
+
+
+def at_step(state, step: int):
+    return replace(state, position=replace(state.position, step=step))
+
+
+@pytest.mark.parametrize("wakes_in", ["sync", "_clear", "snapshots_in"])
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_stale_attempt_that_wakes_up_while_it_clears_spares_what_its_successor_wrote(
+    wakes_in, keep, two_snapshots, tmp_path, monkeypatch
+):
+    state, job = saved(two_snapshots)
+    config = SnapshotConfig(every_steps=1, keep=keep)
+    old = SnapshotWriter(tmp_path, config, claim(tmp_path, "0001", 0), job)
+    root, real, slept = tmp_path / FOLDER, getattr(snapshot, wakes_in, None), []
+
+    def successor() -> None:
+        """All of it while the old attempt sleeps: one snapshot is whole, the next half-written."""
+        slept.append(True)
+        new = SnapshotWriter(tmp_path, config, claim(tmp_path, "0001", 15), job)
+        new.save(at_step(state, 30))
+        (root / ".step_00000031-0001.2.tmp").mkdir()
+
+    def sleeps_first(*given):
+        if not slept and (root / "step_00000015-0001.1").exists():
+            successor()
+        return real(*given)
+
+    if wakes_in == "_clear":
+        real = SnapshotWriter._clear
+        monkeypatch.setattr(SnapshotWriter, "_clear", sleeps_first)
+    else:
+        monkeypatch.setattr(snapshot, wakes_in, sleeps_first)
+    with suppress(LaunchError):  # it hears of it, unless it had asked just before
+        old.save(at_step(state, 15))
+
+    assert slept
+    assert (root / ".step_00000031-0001.2.tmp").exists()
+    assert newest_valid(tmp_path, job, []) == root / "step_00000030-0001.2"
+
+
+def test_an_attempt_clears_away_what_earlier_ones_have_left(two_snapshots, tmp_path):
+    state, job = saved(two_snapshots)
+    config = SnapshotConfig(every_steps=1, keep=1)
+    old = SnapshotWriter(tmp_path, config, claim(tmp_path, "0001", 0), job)
+    old.save(at_step(state, 9))
+    (tmp_path / FOLDER / ".step_00000010-0001.1.tmp").mkdir()
+    starts = [claim(tmp_path, "0001", 9) for _ in range(9)]  # the tenth is no text before the first
+
+    SnapshotWriter(tmp_path, config, starts[-1], job).save(at_step(state, 10))
+
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["step_00000010-0001.10"]
 
 
 def test_an_older_launch_cannot_claim_the_folder_again(tmp_path):

@@ -1,7 +1,6 @@
 """A store that is full, read-only or away for a moment: told as such, and nothing is lost."""
 
 import errno
-import os
 import re
 import shutil
 import socket
@@ -23,6 +22,7 @@ from qlora_core.ports import TrainJob
 from qlora_core.training import durable
 from qlora_core.training.attempt import claim, next_launch, read_record
 from qlora_core.training.comm import Alone
+from qlora_core.training.desk import job_fingerprint
 from qlora_core.training.incidents import INCIDENTS_FILE, history
 from qlora_core.training.journal import Journal, Tail
 from qlora_core.training.killed import FOLDER as KILLED
@@ -36,6 +36,10 @@ from tests.training.steps import step_metrics
 CPU = torch.device("cpu")
 EVERY_STEP = SnapshotConfig(every_steps=1, keep=2)
 NO_FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+
+
+CLEARING = {f"{name} scratch/snapshots/step_#-#.#" for name in ("open", "scandir", "rmdir")}
+"""What it takes to remove an old snapshot; one that stays for once harms nobody."""
 
 
 class Killed(BaseException):
@@ -109,35 +113,37 @@ def test_wherever_the_store_fails_it_is_said_and_the_next_try_ends_with_the_same
         else:
             done_without.add(operation)
         assert files(job.out) == files(whole.out), operation
+        assert not list(job.scratch.glob("snapshots/damaged_*")), operation
 
-    assert {o for o in done_without if "scratch/snapshots/step_" not in o} <= {
+    assert done_without <= {
         "mkdir scratch",  # is there already, as Python sees for itself
         "mkdir scratch/snapshots",
+        *CLEARING,
     }
 
 
 @NO_FULL
-@pytest.mark.parametrize(
-    "name", ["out/curve.jsonl", "scratch/.summary.json.tmp", "scratch/.ATTEMPT.tmp"]
-)
+@pytest.mark.parametrize("name", ["out/curve.jsonl", "scratch/summary.json", "scratch/ATTEMPT"])
 def test_the_kernels_own_word_of_a_full_disk_is_passed_on_with_the_file_it_is_about(name, make_job):
     job = make_job(max_steps=1)
     launch = next_launch(job.scratch)
-    (job.scratch.parent / name).symlink_to("/dev/full")
+    path = job.scratch.parent / name
+    written = durable.hidden_name(path) if name.startswith("scratch") else path
+    written.symlink_to("/dev/full")
 
     with pytest.raises(StoreError, match="the disk is full") as caught:
         run_worker(job, Alone(), EVERY_STEP, launch, CPU)
 
-    shown = name.replace("/.", "/").removesuffix(".tmp")
-    assert f"cannot write {job.scratch.parent / shown}:" in caught.value.what
+    assert f"cannot write {path}:" in caught.value.what
     assert "Free some space" in caught.value.fix
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EDQUOT, errno.EIO, errno.ESTALE])
 def test_a_rename_that_fails_leaves_what_was_there(code, tmp_path, monkeypatch):
     durable.replace_durably(tmp_path / "summary.json", b"old")
+    hidden = durable.hidden_name(tmp_path / "summary.json")
     FaultyDisk((tmp_path,)).install(monkeypatch).fail_at(
-        numberless(f"replace {tmp_path.name}/.summary.json.tmp"), code
+        numberless(f"replace {tmp_path.name}/{hidden.name}"), code
     )
     with pytest.raises(StoreError, match=r"cannot write .*/summary\.json: "):
         durable.replace_durably(tmp_path / "summary.json", b"new")
@@ -155,23 +161,48 @@ def test_no_room_for_the_snapshots_folder_is_said(tmp_path, monkeypatch):
         SnapshotWriter(scratch, EVERY_STEP, attempt, "job")
 
 
-def test_a_snapshot_that_cannot_be_set_aside_is_not_taken_for_damaged(resumable, monkeypatch):
+STEP = "scratch/snapshots/step_#-#.#"
+SNAPSHOT_FILES = ("adapter.safetensors", "optimizer.safetensors", "journal.jsonl", "state.json")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        f"open {STEP}/MANIFEST.json r",
+        *(
+            f"{do.format(name)}"
+            for do in (f"open {STEP}/{{}} rb", f"stat {STEP}/{{}}")
+            for name in SNAPSHOT_FILES
+        ),
+    ],
+)
+def test_a_snapshot_that_cannot_be_read_just_now_is_not_taken_for_damaged(
+    operation, code, resumable, monkeypatch
+):
     job, notes = resumable("job"), []
     before = snapshots_in(job.scratch / FOLDER)
-    unreadable = "open scratch/snapshots/step_#-#.#/adapter.safetensors rb"
     with monkeypatch.context() as watched:
-        real_rename = os.rename
         disk = FaultyDisk((job.scratch,)).install(watched)
-        disk.fail_at(unreadable, errno.EIO)
+        disk.fail_at(operation, code)
+        with pytest.raises(StoreError, match=r"cannot read .*step_") as caught:
+            newest_valid(job.scratch, job_fingerprint(job), notes)
 
-        def away(source, target, **keywords):
-            if "snapshots" in str(source):
-                raise OSError(errno.EIO, os.strerror(errno.EIO), str(source))
-            real_rename(source, target, **keywords)
+    assert operation in disk.done
+    assert f"move {before[0]} away" in caught.value.fix
+    assert snapshots_in(job.scratch / FOLDER) == before
+    assert newest_valid(job.scratch, job_fingerprint(job), notes) == before[0]
+    assert notes == []
 
-        watched.setattr(os, "rename", away)
-        with pytest.raises(StoreError, match="has failed"):
-            newest_valid(job.scratch, "any job", notes)
+
+def test_a_damaged_snapshot_that_cannot_be_set_aside_ends_the_search(resumable, monkeypatch):
+    job, notes = resumable("job"), []
+    before = snapshots_in(job.scratch / FOLDER)
+    (before[0] / "state.json").unlink()
+    FaultyDisk((job.scratch,)).install(monkeypatch).fail_at(f"rename {STEP}", errno.EROFS)
+
+    with pytest.raises(StoreError, match="read-only"):
+        newest_valid(job.scratch, job_fingerprint(job), notes)
 
     assert snapshots_in(job.scratch / FOLDER) == before
     assert notes == []

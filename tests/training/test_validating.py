@@ -1,5 +1,6 @@
 """Snapshots that are measured beside training."""
 
+import errno
 import shutil
 
 import pytest
@@ -15,6 +16,7 @@ from qlora_core.training.placing import place_judged_base
 from qlora_core.training.snapshot import FOLDER, snapshots_in, step_of
 from qlora_core.training.validating import open_validator
 from tests.tiny import bring_own_code
+from tests.training.faulty_disk import FaultyDisk
 
 CPU = torch.device("cpu")
 
@@ -110,6 +112,24 @@ def test_on_a_cpu_the_base_of_who_measures_snapshots_is_whole(make_job):
     place = place_judged_base(job, read_split(job.data, "train"), CPU, wants_host=True)
 
     assert not place.is_hosted
+
+
+def test_a_snapshot_that_cannot_be_read_just_now_is_told_and_the_next_is_measured(
+    make_job, monkeypatch
+):
+    job = make_job()
+    InProcessLauncher(SnapshotConfig(every_steps=1, keep=2)).train(job, lambda _: None)
+    newest, before = snapshots_in(job.scratch / FOLDER)
+
+    with open_validator(job, CPU) as validate:
+        disk = FaultyDisk((job.scratch,)).install(monkeypatch)
+        disk.fail_at("open scratch/snapshots/step_#-#.#/MANIFEST.json r", errno.ESTALE)
+        first, second = validate(newest), validate(before)
+
+    assert first.heldout_loss is None
+    assert "lost track" in first.note
+    assert newest.name in first.note
+    assert second.heldout_loss is not None
 
 
 def test_a_damaged_snapshot_and_one_that_is_gone_are_told_and_the_next_is_measured(make_job):
