@@ -72,7 +72,8 @@ class Interview:
 def open_interview(job: AskJob, device: torch.device) -> Iterator[Interview]:
     """Load the model and the questions of ``job``; yield them.
 
-    On a CPU weights are dequantised meanwhile. A 4-bit base that does not fit on a GPU stays with its host (`modeling.hosted`).
+    On a CPU weights are dequantised meanwhile. A 4-bit base that does not fit on a GPU stays with
+    its host (`modeling.hosted`).
 
     Raises:
         ArtifactError: A file cannot be read, or these are not the job's questions.
