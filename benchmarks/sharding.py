@@ -7,10 +7,16 @@ of gated blocks in NF4 with double quantisation, random weights, an adapter of r
 layer; a pass goes forward and backward. The systems take turns within the same processes, on the
 same numbers, and their gradients are compared. Measured on each worker: seconds of a pass, bytes
 of all gathers in a pass (as filled on one worker), bytes of the packed base that are kept between
-passes, and by how much resident memory grows at most in a pass.
+passes, and what a pass takes at most beside them, twice: bytes of tensors, from torch's profiler,
+exact but for what gloo's own threads take; and by how much resident memory grows. The latter says
+something of large blocks only: tensors of 1 MB and more are given back to the kernel at once, but
+smaller ones stay with the C library, and whoever comes later finds room that others left.
 
 FSDP2 cannot shard bitsandbytes' own parameter (a subclass that carries the scales), so its packed
 weights are plain uint8 parameters beside their scales, which stay whole; the adapter is excluded.
+Its last block stays whole between forward and backward (`reshard_after_forward=False`), as it does
+with ours. The next block comes while one computes on GPUs alone, if nothing else is said;
+`fsdp2-ahead` says so and does it over gloo, too, by FSDP2's explicit prefetching.
 """
 
 import argparse
@@ -21,6 +27,8 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import accumulate, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +41,20 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from benchmarks.record import say, store, versions
+from qlora_core.modeling.heap import give_back_at_once
 from qlora_core.modeling.sharding import ShardedBase, blocks_of
 from qlora_core.training.comm import TorchComm
 
 _RANK = 16
+_COLUMNS = {
+    "kept by a worker [bytes]": "kept_bytes",
+    "gathered in a pass [bytes]": "gathered_bytes",
+    "a pass takes beside it: tensors [bytes]": "tensor_bytes",
+    "resident [bytes]": "grown_bytes",
+    "a pass [s]": "seconds",
+}
 _NUM_WORKERS = 2
-_SYSTEMS = ("whole", "ours", "fsdp2")
+_SYSTEMS = ("whole", "ours", "fsdp2", "fsdp2-ahead")
 
 
 class _Plain4bit(nn.Module):
@@ -115,8 +131,8 @@ class _System:
             for block in blocks_of(self.model):
                 self._base.take(block)
             packed = self._base.part_bytes
-        elif name == "fsdp2":
-            packed = self._shard_by_torch()
+        elif name.startswith("fsdp2"):
+            packed = self._shard_by_torch(is_ahead=name == "fsdp2-ahead")
         self.kept_bytes = packed
 
     def run(self, x: Tensor) -> list[Tensor]:
@@ -134,14 +150,17 @@ class _System:
         """So far, as filled on this worker."""
         return self._base.num_gathered_bytes if self._base else self._num_gathered
 
-    def _shard_by_torch(self) -> int:
+    def _shard_by_torch(self, *, is_ahead: bool) -> int:
         for module in list(self.model.modules()):
             if isinstance(module, _Adapted):
                 module.base = _Plain4bit(module.base)
-        mine = set(self.model.adapters)
-        for block in self.model.layers:
-            fully_shard(block, ignored_params=mine)
+        mine, blocks = set(self.model.adapters), list(self.model.layers)
+        for block in blocks:
+            stays = block is blocks[-1]
+            fully_shard(block, ignored_params=mine, reshard_after_forward=not stays)
         fully_shard(self.model, ignored_params=mine)
+        if is_ahead:
+            _let_next_come(self.model, blocks)
         self._count_gathers()
         packed = [p for p in self.model.parameters() if not p.requires_grad]
         scales = sum(_scale_bytes(m.state) for m in self.model.modules() if type(m) is _Plain4bit)
@@ -159,6 +178,14 @@ class _System:
             return gather(output, given, **others)
 
         return counted
+
+
+def _let_next_come(model: Any, blocks: list[Any]) -> None:
+    """Have FSDP2 ask for the next block before one computes, and not wait for it."""
+    model._set_unshard_async_op(True)
+    for block, following in pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
 
 
 _active: list[_System] = []
@@ -197,6 +224,7 @@ def main() -> int:
 
 def _work(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
+    give_back_at_once()
     dist.init_process_group(
         "gloo", rank=options.rank, world_size=_NUM_WORKERS, timeout=timedelta(seconds=120)
     )
@@ -207,11 +235,22 @@ def _work(options: argparse.Namespace) -> None:
     for found in measured[1:]:
         pairs = zip(found.pop("gradients"), reference, strict=True)
         found["largest_difference"] = max(float((a - b).abs().max()) for a, b in pairs)
-    for found in measured:
-        say("  ".join(f"{name}={value}" for name, value in found.items()))
+    print(_table(measured))
     stated = {k: v for k, v in vars(options).items() if k not in ("rank", "out")}
     result = {"options": stated, "versions": versions(), "systems": measured}
     say(f"stored in {store(options.out, 'sharding', 'a frozen base whole and in parts', result)}")
+
+
+def _table(measured: list[dict[str, Any]]) -> str:
+    """Return what was found, as Markdown."""
+    head = ("base", *_COLUMNS, "gradients")
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
+    for found in measured:
+        largest = found.get("largest_difference")
+        gradients = "" if largest is None else f"{largest:.1e} off" if largest else "the same bits"
+        numbers = [f"{found[name]:,}" for name in _COLUMNS.values()]
+        lines.append("| " + " | ".join([found["name"], *numbers, gradients]) + " |")
+    return "\n".join(lines)
 
 
 def _measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -235,8 +274,18 @@ def _measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "gathered_bytes": (system.num_gathered_bytes - gathered) // options.passes,
         "kept_bytes": system.kept_bytes,
         "grown_bytes": _peak_bytes() - before,
+        "tensor_bytes": _tensor_bytes(lambda: system.run(x)),
         "gradients": gradients,
     }
+
+
+def _tensor_bytes(act: Callable[[], object]) -> int:
+    """Return the most that tensors take at a time while ``act`` runs, beside those there before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        act()
+    events = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return max(accumulate(size for _, size in sorted(changes, key=itemgetter(0))), default=0)
 
 
 def _forget_peak() -> None:

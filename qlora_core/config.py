@@ -147,9 +147,9 @@ class QuantizationConfig(Config):
     skip: tuple[str, ...] = ("lm_head",)
     """Modules left in 16 bits."""
     keep_dequantized: KeepDequantized = Field("auto", examples=["off", 2_000_000_000])
-    """Keep 4-bit weights dequantised while training: the same numbers, faster, for memory. `auto`:
-    as far as the memory plan leaves room; `off`: dequantise in every pass; a number: that many
-    bytes of them."""
+    """Keep 4-bit weights dequantised while training: the same numbers (but for a GPU's rounding),
+    faster, for memory. `auto`: as far as the memory plan leaves room; `off`: dequantise in every
+    pass; a number: that many bytes of them."""
 
 
 class AdapterConfig(Config):

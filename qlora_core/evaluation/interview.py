@@ -20,7 +20,7 @@ from qlora_core.evaluation.generation import Answering
 from qlora_core.evaluation.likelihood import Likelihood
 from qlora_core.evaluation.questions import Questions, read_questions
 from qlora_core.evaluation.room import place_base
-from qlora_core.modeling.dense import dense_weights
+from qlora_core.modeling.dense import asking_budget, dense_weights
 from qlora_core.modeling.hosted import BasePlace, load_hosted
 from qlora_core.modeling.loading import load_base, load_merged, load_saved_tokenizer
 from qlora_core.modeling.lora import load_adapter
@@ -70,9 +70,10 @@ class Interview:
 
 @contextmanager
 def open_interview(job: AskJob, device: torch.device) -> Iterator[Interview]:
-    """Load the model and the questions of ``job``; yield them, weights dequantised meanwhile.
+    """Load the model and the questions of ``job``; yield them.
 
-    A 4-bit base that does not fit on a GPU stays with its host (`modeling.hosted`).
+    On a CPU weights are dequantised meanwhile. A 4-bit base that does not fit on a GPU stays with
+    its host (`modeling.hosted`).
 
     Raises:
         ArtifactError: A file cannot be read, or these are not the job's questions.
@@ -90,7 +91,8 @@ def open_interview(job: AskJob, device: torch.device) -> Iterator[Interview]:
     if job.adapter is not None:
         load_adapter(model, job.adapter)  # PEFT puts its layers into the model itself
     tokenizer, said = load_saved_tokenizer(job.model), (*place.notes, *notes)
-    with dense_weights(model.eval(), place.dense_bytes):
+    dense_bytes = 0 if place.is_hosted else asking_budget(device)  # with the host, none is here
+    with dense_weights(model.eval(), dense_bytes):
         yield Interview(model, tokenizer, questions, job.evaluation, said)
 
 

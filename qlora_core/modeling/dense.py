@@ -1,10 +1,17 @@
-"""Keep a 4-bit model's weights dequantised for a while: the same numbers, memory for speed.
+"""Keep a 4-bit model's weights dequantised for a while: memory for speed.
 
 A 4-bit layer dequantises its weight in every forward pass, and again in every backward pass. That
 is lost in the noise when a pass holds thousands of tokens, but a decoding step holds one token per
 row, and a small micro-batch on a CPU a hundred; both spend much of their time there. For the length
-of a `with` block the weights are dequantised once, as far as a budget of bytes reaches; the
-products see the same numbers, so answers, losses and gradients are the same bit for bit.
+of a `with` block the weights are dequantised once, as far as a budget of bytes reaches.
+
+Where bitsandbytes' own layer dequantises and then multiplies, that changes no bit of what comes
+out. So it does on a CPU, and wherever gradients flow through the layer. Without gradients a GPU
+multiplies few tokens (always up to 4, by its size up to 1,536) by a kernel that reads the 4 bits as
+it goes and adds up in another order: dequantised weights give other roundings there. So a model
+that is asked on a GPU keeps none (`asking_budget`): how many fit depends on who else is there, and
+a report must not.
+Source: bitsandbytes 0.50, `backends/cuda/ops.py` (gemm_4bit), `autograd/_functions.py`.
 Dims: O out features, I in features, B batch, T positions.
 """
 
@@ -20,9 +27,14 @@ from torch import Tensor, nn
 BUDGET_BYTES = 2_000_000_000
 
 
+def asking_budget(device: torch.device) -> int:
+    """Return how many bytes of weights to keep while a model is asked, whatever memory is free."""
+    return BUDGET_BYTES if device.type == "cpu" else 0
+
+
 @contextmanager
 def dense_weights(
-    model: nn.Module, budget_bytes: int = BUDGET_BYTES, skip: Container[nn.Module] = ()
+    model: nn.Module, budget_bytes: int, skip: Container[nn.Module] = ()
 ) -> Iterator[int]:
     """Give 4-bit layers of ``model`` dequantised weights inside the block; yield how many.
 

@@ -20,7 +20,6 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_core.errors import ResourceError
-from qlora_core.modeling.dense import BUDGET_BYTES
 from qlora_core.modeling.memory import USABLE, MemoryEstimate
 from qlora_core.modeling.parts import load_in_parts
 from qlora_core.modeling.sharding import KeepsAll, ShardedBase
@@ -51,8 +50,6 @@ class BasePlace:
 
     is_hosted: bool = False
     """In the memory of the GPU's host."""
-    dense_bytes: int = BUDGET_BYTES
-    """Room for weights that are kept dequantised."""
     notes: tuple[str, ...] = ()
 
 
@@ -70,17 +67,16 @@ def choose_place(
     Raises:
         ResourceError: Neither has room.
     """
-    spare_bytes = int(USABLE * gpu_free_bytes) - needs.whole.total
-    dense_bytes = min(BUDGET_BYTES, max(0, spare_bytes))
+    fits = needs.whole.total <= int(USABLE * gpu_free_bytes)
     if needs.hosted is None:
         _require_gpu(needs, gpu_free_bytes)
         notes = (f"cluster.offload_base is left out: {needs.obstacle}.",) if wants_host else ()
-        return BasePlace(dense_bytes=dense_bytes, notes=notes)
-    if spare_bytes >= 0 and not wants_host:
-        return BasePlace(dense_bytes=dense_bytes)
+        return BasePlace(notes=notes)
+    if fits and not wants_host:
+        return BasePlace()
     _require_host(needs, host_free_bytes)
     note = hosted_note(needs, wants_host=wants_host)
-    return BasePlace(is_hosted=True, dense_bytes=0, notes=(note,))
+    return BasePlace(is_hosted=True, notes=(note,))
 
 
 def hosted_note(needs: BaseNeeds, *, wants_host: bool) -> str:

@@ -35,6 +35,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from qlora_core.errors import ModelError
+from qlora_core.modeling.beside import copy_beside
 
 ALIGNMENT = 16
 """Bytes; each tensor of a block begins at a multiple, as float32 scales lie among packed bytes."""
@@ -74,16 +75,8 @@ class KeepsAll:
     world_size = 1
 
     def gather_parts(self, whole: Tensor, part: Tensor) -> Waitable:
-        """Copy ``part``, which is all there is; to a GPU behind the work that is queued there."""
-        whole.copy_(part, non_blocking=True)
-        return _Done()
-
-
-class _Done:
-    """Nothing to wait for."""
-
-    def wait(self) -> None:
-        """Return at once."""
+        """Copy ``part``, which is all there is."""
+        return copy_beside(whole, part)
 
 
 @dataclass

@@ -28,7 +28,7 @@ from qlora_core.config import MergeConfig, ModelConfig
 from qlora_core.data.prepared import read_split
 from qlora_core.errors import ArtifactError
 from qlora_core.evaluation.parity import Model, measure_parity
-from qlora_core.modeling.dense import dense_weights
+from qlora_core.modeling.dense import asking_budget, dense_weights
 from qlora_core.modeling.loading import load_base, quiet
 from qlora_core.modeling.lora import load_adapter
 from qlora_core.modeling.merge import copy_companions, read_updates, write_merged
@@ -180,7 +180,7 @@ def _measure_all(ctx: Context, inputs: _Inputs, ways: tuple[Onto, ...]) -> tuple
     passing = _tuned_passing(ctx, inputs)
     tuned = passing or load_adapter(load_base(inputs.base.path, inputs.device), inputs.adapter.path)
     parities = []
-    with dense_weights(tuned):  # it answers many batches, and dequantises once
+    with dense_weights(tuned, asking_budget(inputs.device)):  # once for many batches
         for number, way in enumerate(ways):
             report = _share(ctx.progress, len(ways) + number, 2 * len(ways))
             merged = open_passing(ctx.scratch / way) if passing is not None else None

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qlora_core.errors import CollectiveError
+from qlora_core.modeling.beside import beside
 from qlora_core.modeling.sharding import KeepsAll, Waitable
 
 # torch 2.13 gave it this name and warns of the other
@@ -107,10 +108,15 @@ class TorchComm:
         return [json.loads(letters[a:b]) for a, b in zip(starts, ends, strict=True)]
 
     def gather_parts(self, whole: Tensor, part: Tensor) -> Waitable:
-        """Begin to fill ``whole`` with every worker's ``part``, by rank."""
-        sent = part.to(whole.device, non_blocking=True)
-        with _losses_told(self.rank):
-            work = _gather_into(whole, sent, async_op=True)
+        """Begin to fill ``whole`` with every worker's ``part``, by rank.
+
+        nccl has a stream of its own, which begins after the one it is called on: the copying one,
+        as a part that lies with the host has to come first.
+        """
+        with beside(whole.device):
+            sent = part.to(whole.device, non_blocking=True)  # may find no memory, which is no loss
+            with _losses_told(self.rank):
+                work = _gather_into(whole, sent, async_op=True)
         assert work is not None  # noqa: S101  # as it is asynchronous
         return _Underway(work, self.rank, sent)
 
@@ -131,7 +137,7 @@ class _Underway:
     work: dist.Work
     rank: int
     sent: Tensor
-    """Has to stay until then."""
+    """Has to stay until then; whoever takes its memory on the copying stream waits for this one."""
 
     def wait(self) -> None:
         """Return when it is done."""

@@ -7,9 +7,20 @@ import pytest
 from safetensors.torch import load_file
 
 from benchmarks.scale.crew import measure
-from benchmarks.scale.projection import Assumed, projected, shape_of_llama, trainable_parameters
+from benchmarks.scale.projection import (
+    CASES,
+    Assumed,
+    all_projected,
+    projected,
+    room_of,
+    shape_of_llama,
+    trainable_parameters,
+)
+from benchmarks.scale.projection import table as projected_table
 from benchmarks.scale.summary import Measured, ring_bytes, table
 from benchmarks.training.workload import SETTINGS_FILE, Settings
+from qlora_core.config import RunConfig
+from qlora_core.plan import Device, plan_shape
 
 
 def ring_sum(parts: list[list[float]]) -> tuple[list[list[float]], list[int]]:
@@ -47,16 +58,83 @@ def test_trainable_parameters_of_8b_are_those_of_pefts_all_linear_adapter():
     assert trainable_parameters(shape_of_llama("8B"), rank=16) == 32 * 16 * per_layer
 
 
-def test_projected_efficiency_falls_with_gpus_and_rises_with_the_network_and_the_batch():
-    shape = shape_of_llama("8B")
+FAST, SLOW = "400 Gbit/s InfiniBand", "10 Gbit/s Ethernet"
 
+
+def test_projected_efficiency_falls_with_gpus_and_rises_with_the_network_and_the_batch():
     def efficiency(num_gpus, link="100 Gbit/s Ethernet", **assumed):
-        return projected(shape, "8B", link, num_gpus, Assumed(**assumed)).efficiency
+        return projected("8B", "whole", link, num_gpus, Assumed(**assumed)).efficiency
 
     assert efficiency(1) == 1.0
     assert efficiency(16) > efficiency(64)
-    assert efficiency(64, "10 Gbit/s Ethernet") < efficiency(64)
+    assert efficiency(64, SLOW) < efficiency(64)
     assert efficiency(64, tokens_per_gpu=16384) > efficiency(64)
+
+
+@pytest.mark.parametrize(
+    ("model", "base", "seconds"),
+    [  # FLOP * weights * 8192 / (0.35 * 989e12); weights: layers * (2 H H + 2 H 1024 + 3 H F)
+        ("8B", "whole", 4 * 6_979_321_856 * 8192 / 346.15e12),  # 32 * 218,103,808
+        ("70B", "whole", 6 * 68_451_041_280 * 8192 / 346.15e12),  # 80 * 855,638,016, layers again
+        ("70B", "in parts", 4 * 68_451_041_280 * 8192 / 346.15e12),
+        ("405B", "in parts", 6 * 401_646_551_040 * 8192 / 346.15e12),  # 126 * 3,187,671,040
+    ],
+)
+def test_projected_computing_is_that_counted_by_hand(model, base, seconds):
+    found = projected(model, base, FAST, 16, Assumed())
+
+    assert found.compute_s == pytest.approx(seconds, rel=1e-9)
+
+
+def test_projected_gathers_of_405b_are_those_counted_by_hand():
+    block = 3_187_671_040 * (1 / 2 + 1 / 64)  # half a byte a weight, a byte of scale for 64
+    once_s = 63 / 64 * block / 50e9 + 63 * 30e-6
+
+    found = projected("405B", "in parts", FAST, 64, Assumed())
+
+    assert found.num_rows == 4, "so 8 rows of 1,024 tokens are two passes"
+    assert found.gather_s == pytest.approx(2 * (126 + 125) * once_s, rel=1e-6)
+    assert found.gather_s == pytest.approx(17.19, abs=5e-3)
+
+
+def test_gathers_count_where_they_take_longer_than_computing():
+    hidden, open_ = (projected("405B", "in parts", link, 16, Assumed()) for link in (FAST, SLOW))
+
+    assert hidden.gather_s < hidden.compute_s
+    assert hidden.step_s == hidden.compute_s + hidden.exchange_s
+    assert open_.gather_s > open_.compute_s
+    assert open_.step_s == open_.gather_s + open_.exchange_s
+
+
+def test_what_fits_on_no_gpu_of_its_size_has_no_row():
+    with pytest.raises(ValueError, match="405B whole does not fit"):
+        projected("405B", "whole", FAST, 16, Assumed())
+
+
+@pytest.mark.parametrize(("model", "base"), CASES)
+def test_passes_are_those_of_the_plan(model, base):
+    config = RunConfig.model_validate(
+        {
+            "name": "r",
+            "model": {"source": "org/m"},
+            "dataset": {"source": "org/d"},
+            "cluster": {"workers": 16},
+        }
+    )
+    gpu = Device(kind="cuda", name="H100", memory_bytes=80 * 10**9, compute_dtype="bfloat16")
+
+    planned = plan_shape(config, model=model, shape=shape_of_llama(model), device=gpu).strategies
+    found = room_of(model, base, 16, Assumed())
+
+    assert config.dataset.max_length == Assumed().row_tokens
+    need = planned[base == "in parts"]
+    assert (found.num_rows, found.recompute) == (need.num_rows, need.recompute)
+
+
+def test_the_documented_projection_is_the_one_that_is_computed():
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+
+    assert projected_table(list(all_projected(Assumed()))) in page
 
 
 def measured(num_workers: int, wall_s: float, cpu_s: float) -> Measured:

@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from qlora_core.data.prepared import Prompt
 from qlora_core.errors import ModelError
 from qlora_core.evaluation.generation import stop_tokens
-from qlora_core.modeling.dense import dense_weights
+from qlora_core.modeling.dense import BUDGET_BYTES, dense_weights
 from tests.evaluation.asking import answer_prompts
 
 
@@ -112,7 +112,7 @@ def test_a_model_without_any_stop_token_is_refused(lively_llama, tokenizer):
 def test_dense_weights_give_the_same_answers(nf4_model, tokenizer, prompts):
     expected = answer_prompts(nf4_model, tokenizer, prompts, max_new_tokens=8, batch_size=4)
 
-    with dense_weights(nf4_model):
+    with dense_weights(nf4_model, BUDGET_BYTES):
         answers = answer_prompts(nf4_model, tokenizer, prompts, max_new_tokens=8, batch_size=4)
 
     assert answers == expected

@@ -52,7 +52,7 @@ def test_a_base_that_lies_with_the_host_gives_the_replies_of_the_whole_one_and_s
     with open_interview(asked, CPU) as interview:
         expected = [interview.reply(batch) for batch in interview.batches]
 
-    place = BasePlace(is_hosted=True, dense_bytes=0, notes=("it lies with the host",))
+    place = BasePlace(is_hosted=True, notes=("it lies with the host",))
     monkeypatch.setattr(interview_module, "place_base", lambda *_: place)
     with open_interview(asked, CPU) as interview:
         layers = [m for m in interview.model.modules() if isinstance(m, Linear4bit)]
@@ -65,15 +65,17 @@ def test_a_base_that_lies_with_the_host_gives_the_replies_of_the_whole_one_and_s
     assert {reply.batch.kind for reply in found} == {"loss", "answers"}
 
 
-def test_no_more_weights_are_kept_dequantised_than_there_is_room_for(job, monkeypatch):
-    for dense_bytes, num_expected in ((0, 0), (2_000_000_000, 14)):
-        place = BasePlace(dense_bytes=dense_bytes)
-        monkeypatch.setattr(interview_module, "place_base", lambda *_, place=place: place)
+@pytest.mark.parametrize(("is_hosted", "num_expected"), [(False, 14), (True, 0)])
+def test_a_cpu_keeps_weights_dequantised_unless_none_are_here(
+    job, is_hosted, num_expected, monkeypatch
+):
+    place = BasePlace(is_hosted=is_hosted)
+    monkeypatch.setattr(interview_module, "place_base", lambda *_: place)
 
-        with open_interview(job, CPU) as interview:
-            layers = [m for m in interview.model.modules() if isinstance(m, Linear4bit)]
+    with open_interview(job, CPU) as interview:
+        layers = [m for m in interview.model.modules() if isinstance(m, Linear4bit)]
 
-            assert sum("forward" in vars(layer) for layer in layers) == num_expected
+        assert sum("forward" in vars(layer) for layer in layers) == num_expected
 
 
 def test_other_questions_at_the_same_path_are_refused(job, prompts):

@@ -11,7 +11,7 @@ from qlora_core.evaluation.likelihood import Likelihood, logits_at
 from qlora_core.evaluation.metrics import estimate_metric
 from qlora_core.evaluation.questions import read_questions
 from qlora_core.evaluation.records import Records
-from qlora_core.modeling.dense import dense_weights
+from qlora_core.modeling.dense import BUDGET_BYTES, dense_weights
 from tests.evaluation.asking import measure_likelihood
 
 
@@ -102,7 +102,7 @@ def test_a_model_that_is_not_finite_is_refused(lively_llama, rows):
 def test_dense_weights_change_no_bit_and_leave_no_trace(nf4_model, rows):
     expected = measure_likelihood(nf4_model, rows, range(len(rows)), batch_size=4)
 
-    with dense_weights(nf4_model) as num_dense:
+    with dense_weights(nf4_model, BUDGET_BYTES) as num_dense:
         found = measure_likelihood(nf4_model, rows, range(len(rows)), batch_size=4)
 
     assert num_dense == 14  # seven linear layers in each of two blocks

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from qlora_core.backends.in_process import InProcessLauncher
 from qlora_core.config import AdapterConfig, EvaluationConfig, QuantizationConfig, SnapshotConfig
 from qlora_core.evaluation import interview as interview_module
+from qlora_core.evaluation import room
 from qlora_core.evaluation.interview import open_interview
 from qlora_core.evaluation.questions import read_questions
 from qlora_core.evaluation.room import LongestPasses, count_needs
@@ -143,26 +144,42 @@ def test_after_a_pass_without_memory_the_next_one_is_as_if_it_were_the_first(bas
     assert base.present_bytes == 0
 
 
-def test_an_evaluation_of_a_hosted_base_gives_the_replies_of_the_whole_one(
-    nf4_base, tiny_llama, dataset, tmp_path, monkeypatch
-):
+@pytest.fixture
+def ask_job(nf4_base, tiny_llama, dataset, tmp_path) -> AskJob:
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(nf4_base / "model")
     settings = EvaluationConfig(batch_size=3, generate=False)
-    job = AskJob(
+    return AskJob(
         model=nf4_base, is_merged=False, adapter=None, data=dataset, evaluation=settings,
         questions=read_questions(settings, dataset).digest(), scratch=tmp_path,
     )  # fmt: skip
 
+
+def replies_of(job: AskJob) -> list[tuple[float, ...]]:
+    with open_interview(job, GPU) as interview:
+        return [interview.reply(batch).nats for batch in interview.batches]
+
+
+def test_replies_do_not_depend_on_how_much_memory_is_free(ask_job, monkeypatch):
+    questions = read_questions(ask_job.evaluation, ask_job.data)
+    enough_bytes = room.needs_of(ask_job, questions).enough_gpu_bytes
+    found = []
+    for free_bytes in (enough_bytes, 100 * enough_bytes):
+        monkeypatch.setattr(room, "gpu_bytes", lambda _, free_bytes=free_bytes: free_bytes)
+        found.append(replies_of(ask_job))
+
+    assert found[0] == found[1]
+
+
+def test_an_evaluation_of_a_hosted_base_gives_the_replies_of_the_whole_one(ask_job, monkeypatch):
     def replies(place: BasePlace) -> list[tuple[float, ...]]:
         monkeypatch.setattr(interview_module, "place_base", lambda *_: place)
-        with open_interview(job, GPU) as interview:
-            return [interview.reply(batch).nats for batch in interview.batches]
+        return replies_of(ask_job)
 
-    hosted = replies(BasePlace(is_hosted=True, dense_bytes=0))
+    hosted = replies(BasePlace(is_hosted=True))
 
-    for found, expected in zip(hosted, replies(BasePlace(dense_bytes=0)), strict=True):
+    for found, expected in zip(hosted, replies(BasePlace()), strict=True):
         assert found == pytest.approx(expected, rel=1e-12), "a GPU adds them up in any order"
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from qlora_core.config import AdapterConfig, ModelConfig, QuantizationConfig
-from qlora_core.modeling.dense import dense_weights
+from qlora_core.modeling.dense import BUDGET_BYTES, asking_budget, dense_weights
 from qlora_core.modeling.loading import load_original
 from qlora_core.modeling.lora import attach_adapter, trainable_parameters
 from qlora_core.modeling.quantization import quantize_model
@@ -31,9 +31,14 @@ def _gradients(model):
 def test_training_on_dense_weights_changes_no_bit_of_loss_or_gradients(adapted):
     loss, gradients = _gradients(adapted)
 
-    with dense_weights(adapted) as num_dense:
+    with dense_weights(adapted, BUDGET_BYTES) as num_dense:
         dense_loss, dense_gradients = _gradients(adapted)
 
     assert num_dense == 14
     assert torch.equal(loss, dense_loss)
     assert all(map(torch.equal, gradients, dense_gradients))
+
+
+def test_a_gpu_is_asked_with_no_weights_dequantised_as_it_rounds_otherwise_with_them():
+    assert asking_budget(torch.device("cuda", 1)) == 0
+    assert asking_budget(torch.device("cpu")) == 2_000_000_000

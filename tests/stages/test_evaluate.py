@@ -333,7 +333,7 @@ def test_where_the_base_lay_is_told_once_and_leaves_no_trace_in_the_files(
     tmp_path, made, monkeypatch, crew
 ):
     whole = evaluate(tmp_path / "whole", made, subject="tuned")
-    place = BasePlace(is_hosted=True, dense_bytes=0, notes=("it lies with the host",))
+    place = BasePlace(is_hosted=True, notes=("it lies with the host",))
     monkeypatch.setattr(interview, "place_base", lambda *_: place)
 
     hosted = evaluate(tmp_path / "hosted", made, subject="tuned", crew=crew)
