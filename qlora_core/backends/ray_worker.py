@@ -17,8 +17,6 @@ from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import CollectiveError, QLoraError, StoreError, TrainingError, storing
 from qlora_core.ports import TrainJob
 
-LOG_FILE = "ray.log"
-"""In a scratch folder: what driver and workers say."""
 _POLL_S = 0.05
 
 
