@@ -6,6 +6,7 @@ import pytest
 import qlora_core
 from qlora_core.backends.node_probe import (
     NONCE_FILE,
+    Installation,
     Listing,
     NodeReport,
     Question,
@@ -42,9 +43,8 @@ def test_a_node_with_the_same_store_finds_nothing_wrong_and_leaves_its_word(tmp_
     assert report.paths == ()
     assert report.trouble == ""
     assert (asked.meeting / "node-1").read_text() == "word"
-    assert report.free_bytes > 0
-    assert report.versions == own_versions()
-    assert report.code == own_code()
+    assert 0 < report.free_bytes < report.total_bytes
+    assert report.installed == Installation(versions=own_versions(), code=own_code())
 
 
 def test_a_store_that_is_another_disk_is_found_and_no_folder_is_made_there(tmp_path, base):

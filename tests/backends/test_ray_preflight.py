@@ -20,6 +20,7 @@ ASK = """
 import json, sys
 import ray
 from qlora_core.backends.errands import training_errand
+from qlora_core.backends.node_probe import own_installation
 from qlora_core.backends.ray_preflight import require_ready
 from qlora_core.config import ClusterConfig
 from qlora_core.errors import QLoraError
@@ -32,7 +33,7 @@ print("connected", ray.get_runtime_context().get_node_id(), flush=True)
 sys.stdin.readline()
 try:
     errand = training_errand(TrainJob.model_validate_json(job), cluster, 1, 0.0)
-    require_ready(cluster, errand, 1, 0.0, answer_s=float(answer_s))
+    require_ready(cluster, errand, 1, 0.0, own_installation(), answer_s=float(answer_s))
     print("{}")
 except QLoraError as error:
     print(json.dumps(error.to_json()))
