@@ -43,7 +43,10 @@ def require_memory(job: TrainJob, cluster: ClusterConfig, *, is_waiting: bool) -
     except ResourceError:
         return  # Ray counts again, and tells that
     errand = training_errand(job, cluster, cpus, gpus)
-    needs = errand.needs()
+    try:
+        needs = errand.needs()
+    except Exception:  # a base or rows that cannot be read: a worker tells what it is about them
+        return
     num_workers = min(cluster.max_workers, places_on(node, cpus, gpus))
     report = _report(gpus_here, num_waiting=num_workers if is_waiting and not gpus else 0)
     wanted = Wanted(
