@@ -358,7 +358,8 @@ class ClusterConfig(Runtime):
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs a worker owns; none: 1 on a running cluster, and where this machine has GPUs, else 0."""
     wait_for_nodes_s: float = Field(300.0, ge=0)
-    """How long to wait for nodes of a running cluster that are not there (yet)."""
+    """How long to wait for nodes of a running cluster that are not there (yet), or for memory that
+    others use: there, or on this machine."""
     max_failures: int = Field(5, ge=0)
     """How often training restarts from its last snapshot after losing a worker."""
 

@@ -16,7 +16,7 @@
     '- LaunchError                workers or servers were lost: worth another try
        |- CollectiveError         a message between workers failed
        |- KilledError             a process was killed for the memory it took
-       '- NoRoomError             the cluster had no places for workers for a long time
+       '- NoRoomError             others use the places or the memory that workers need
 
 Errors cross process borders (Ray workers, the training driver, Prefect), so each is rebuilt from
 its plain fields by pickle and by `to_json`/`from_json`, and none keeps an exception object inside.
@@ -120,7 +120,7 @@ class KilledError(LaunchError):
 
 
 class NoRoomError(LaunchError):
-    """The cluster had no places for workers for a long time."""
+    """Others use the places or the memory that workers need, for a long time."""
 
 
 def from_json(fields: dict[str, str]) -> QLoraError:

@@ -181,6 +181,9 @@ class Tracker(Protocol):
     def log_file(self, path: Path, folder: str = "") -> None:
         """A file (or every file of a folder) to keep with the run."""
 
+    def log_text(self, place: str, text: str) -> None:
+        """Text to keep with the run as a file at a relative place; secrets in it are masked."""
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Text to find the run by."""
 

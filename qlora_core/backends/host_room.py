@@ -14,13 +14,16 @@ class HostNeed(Frozen):
     enough_gpu_bytes: int | None
     """A GPU with so much free holds the base, and needs no host; none: the host is wanted."""
 
-    def lacking(self, gpu_bytes: int, host_bytes: int, num_workers: int) -> str:
+    def lacking(
+        self, gpu_bytes: int, host_bytes: int, num_workers: int, *, is_free: bool = True
+    ) -> str:
         """Say what a machine lacks; nothing if it has room.
 
         Args:
             gpu_bytes: Free on the GPU of a worker.
             host_bytes: Free in the machine's own memory.
             num_workers: That may run there at once.
+            is_free: So much is free; else it is all there is.
         """
         if self.enough_gpu_bytes is not None and gpu_bytes >= self.enough_gpu_bytes:
             return ""
@@ -29,8 +32,9 @@ class HostNeed(Frozen):
         unless = ""
         if self.enough_gpu_bytes is not None:
             unless = f", unless a GPU has {self.enough_gpu_bytes / 1e9:.2f} GB free"
+        counted = "of memory free" if is_free else "of memory in all"
         return (
-            f"it has {host_bytes / 1e9:.2f} GB of memory free, and the 4-bit base takes "
+            f"it has {host_bytes / 1e9:.2f} GB {counted}, and the 4-bit base takes "
             f"{num_workers * self.size_bytes / 1e9:.2f} GB there for {num_workers} workers"
             f"{unless}; free some, let fewer workers run there, or leave the node out"
         )

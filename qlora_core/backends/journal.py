@@ -174,14 +174,23 @@ class Journal:
 
         A copy, as what is logged may be changed or swept before a server can be reached.
         """
-        place = Path("files") / uuid.uuid4().hex / path.name
-        target = self.folder / place
-        target.parent.mkdir(parents=True)
+        target = self._fresh_place(path.name)
         if path.is_dir():
             shutil.copytree(path, target)
         else:
             shutil.copyfile(path, target)
-        return place.as_posix()
+        return target.relative_to(self.folder).as_posix()
+
+    def write_in(self, name: str, text: str) -> str:
+        """Keep a text as a file in the journal's folder and return its relative place."""
+        target = self._fresh_place(name)
+        target.write_text(text, encoding="utf-8")
+        return target.relative_to(self.folder).as_posix()
+
+    def _fresh_place(self, name: str) -> Path:
+        target = self.folder / "files" / uuid.uuid4().hex / name
+        target.parent.mkdir(parents=True)
+        return target
 
     def read(self, after: Page | None = None) -> Page:
         """Return the whole lines after an earlier page; an unfinished last line is left alone."""

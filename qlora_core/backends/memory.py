@@ -33,6 +33,8 @@ class MemoryTracker:
     datasets: list[LoggedDataset] = field(default_factory=list)
     files: list[tuple[Path, str]] = field(default_factory=list)
     """(path, folder among the run's artefacts)."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """By place among the run's artefacts."""
     tags: dict[str, str] = field(default_factory=dict)
 
     def log_params(self, params: Mapping[str, str | int | float | bool]) -> None:
@@ -53,6 +55,10 @@ class MemoryTracker:
     def log_file(self, path: Path, folder: str = "") -> None:
         """A file to keep with the run; only its path is kept."""
         self.files.append((path, folder))
+
+    def log_text(self, place: str, text: str) -> None:
+        """Text to keep with the run, as it is: it goes nowhere."""
+        self.texts[place] = text
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Text to find the run by: the last value counts."""

@@ -28,6 +28,9 @@ PATIENCE = {
 }
 MASK = "***"
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s]+(?=@)")
+_SECRET_NAMES = re.compile(r".*(TOKEN|PASSWORD|SECRET|KEY|AUTH_STRING)", re.IGNORECASE)
+_SECRETS = re.compile(r"(?<=Bearer )[\w.~+/=-]+|\bhf_\w{16,}")
+_SHORTEST_SECRET = 8  # variables of such names also hold `1` and `none`
 _REASON = re.compile(r"(?<=\d\] )[\w ]+|timed out|too many \d+ error responses")  # [Errno 111] ...
 _QUIET = ("mlflow.store.db.utils", "alembic", "urllib3.connectionpool")
 
@@ -56,6 +59,18 @@ def mask_credentials(text: str) -> str:
     'https://***@mlflow.example/api'
     """
     return _CREDENTIALS.sub(MASK, text)
+
+
+def mask_secrets(text: str) -> str:
+    """Return ``text`` without what opens doors: credentials, tokens, this process's own secrets.
+
+    >>> mask_secrets("Authorization: Bearer c4nary")
+    'Authorization: Bearer ***'
+    """
+    for name, value in os.environ.items():
+        if _SECRET_NAMES.fullmatch(name) and len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, MASK)
+    return _SECRETS.sub(MASK, mask_credentials(text))
 
 
 def connect(tracking_uri: str) -> Any:

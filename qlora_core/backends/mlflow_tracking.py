@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,13 @@ from qlora_core.backends.journal import (
     StartRecord,
     TagsRecord,
 )
-from qlora_core.backends.mlflow_client import connect, local_place, mask_credentials, source_tags
+from qlora_core.backends.mlflow_client import (
+    connect,
+    local_place,
+    mask_credentials,
+    mask_secrets,
+    source_tags,
+)
 from qlora_core.backends.mlflow_delivery import Delivery
 from qlora_core.backends.mlflow_replay import BUSY, TrackingReport, replay, report_of, waiting
 from qlora_core.backends.mlflow_run import Destination, continued, new_journal_id
@@ -128,12 +134,12 @@ class MlflowTracker:
 
     def log_file(self, path: Path, folder: str = "") -> None:
         """A file (or a folder) to keep with the run; it is copied now, so keep large ones out."""
-        try:
-            place = self._journal.copy_in(path)
-        except OSError as error:
-            self._lose(error)
-        else:
-            self._append(FileRecord(copy_at=place, folder=folder))
+        self._keep(folder, lambda: self._journal.copy_in(path))
+
+    def log_text(self, place: str, text: str) -> None:
+        """Text to keep with the run as a file at a relative place; secrets in it are masked."""
+        folder, _, name = place.rpartition("/")
+        self._keep(folder, lambda: self._journal.write_in(name, mask_secrets(text)))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Text to find the run by; the last value counts."""
@@ -172,6 +178,14 @@ class MlflowTracker:
             self._journal.append(record)
         except OSError as error:
             self._lose(error)
+
+    def _keep(self, folder: str, copy: Callable[[], str]) -> None:
+        try:
+            copy_at = copy()
+        except OSError as error:
+            self._lose(error)
+        else:
+            self._append(FileRecord(copy_at=copy_at, folder=folder))
 
     def _lose(self, error: OSError) -> None:
         self._num_lost += 1

@@ -60,20 +60,32 @@ class Gpu(Frozen):
 
     name: str
     capability: tuple[int, int]
+    total_bytes: int
     free_bytes: int
+    """Zero also where the GPU does not say: see ``trouble``."""
+    trouble: str = ""
+    """Why it does not say what is free: a full one has no room for the answer, either."""
+
+
+class Installation(Frozen):
+    """What a process imports."""
+
+    versions: dict[str, str | None]
+    """Of Python and of packages; none: not installed."""
+    code: str
+    """Digest of the source of `qlora_core`."""
 
 
 class NodeReport(Frozen):
     """What a node answers."""
 
     paths: tuple[Difference, ...]
-    versions: dict[str, str | None]
-    """Of Python and of packages; none: not installed."""
-    code: str
-    """Digest of `qlora_core` as this node imports it."""
+    installed: Installation
     gpus: tuple[Gpu, ...] = ()
     free_bytes: int | None = None
     """Memory for new processes; none: torch cannot be imported."""
+    total_bytes: int | None = None
+    """Memory that the machine, or the container, has in all."""
     trouble: str = ""
     """Why torch cannot be used."""
 
@@ -94,12 +106,13 @@ def probe(question: Question, name: str) -> NodeReport:
     paths = [*_meet(question, name)]
     for folder in question.folders:
         paths += _differences(folder)
-    report = NodeReport(paths=tuple(paths), versions=own_versions(), code=own_code())
+    report = NodeReport(paths=tuple(paths), installed=own_installation())
     try:
-        from qlora_core.modeling.machine import free_bytes
+        from qlora_core.modeling.machine import free_bytes, total_bytes
 
-        gpus = _gpus() if question.needs_gpu else ()
-        return report.model_copy(update={"gpus": gpus, "free_bytes": free_bytes()})
+        gpus = gpus_here() if question.needs_gpu else ()
+        memory = {"free_bytes": free_bytes(), "total_bytes": total_bytes()}
+        return report.model_copy(update={"gpus": gpus} | memory)
     except Exception as error:  # a broken installation fails with anything
         return report.model_copy(update={"trouble": f"{type(error).__name__}: {error}"})
 
@@ -107,6 +120,11 @@ def probe(question: Question, name: str) -> NodeReport:
 def probe_plain(question: str, name: str) -> str:
     """Run `probe` on JSON, for JSON: what travels between nodes."""
     return probe(Question.model_validate_json(question), name).model_dump_json()
+
+
+def own_installation() -> Installation:
+    """Return what this process imports."""
+    return Installation(versions=own_versions(), code=own_code())
 
 
 def own_versions() -> dict[str, str | None]:
@@ -173,14 +191,25 @@ def _said(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-def _gpus() -> tuple[Gpu, ...]:
+def gpus_here() -> tuple[Gpu, ...]:
+    """Return the GPUs that torch sees from this process, each with what it has and what is free."""
     import torch
 
-    return tuple(
-        Gpu(
-            name=torch.cuda.get_device_name(i),
-            capability=torch.cuda.get_device_capability(i),
-            free_bytes=torch.cuda.mem_get_info(i)[0],
-        )
-        for i in range(torch.cuda.device_count())
+    return tuple(_gpu(number) for number in range(torch.cuda.device_count()))
+
+
+def _gpu(number: int) -> Gpu:
+    import torch
+
+    found, trouble = torch.cuda.get_device_properties(number), ""
+    try:
+        free_bytes, _ = torch.cuda.mem_get_info(number)  # takes some hundred MB of it by itself
+    except RuntimeError as error:  # that GPU is full, or another process has it for itself
+        free_bytes, trouble = 0, str(error).partition("\n")[0]
+    return Gpu(
+        name=found.name,
+        capability=(found.major, found.minor),
+        total_bytes=found.total_memory,
+        free_bytes=free_bytes,
+        trouble=trouble,
     )

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from qlora_core.backends.ray_address import require_ray
 from qlora_core.backends.ray_asker import AskSpec
 from qlora_core.backends.ray_process import DriverProcess, start_driver
-from qlora_core.backends.ray_worker import LOG_FILE
 from qlora_core.backends.replies import parsed
 from qlora_core.config import ClusterConfig
 from qlora_core.errors import LaunchError, from_json
 from qlora_core.ports import AskJob, Batch, Reply
-from qlora_core.training.journal import Tail
+from qlora_core.training.journal import LOG_FILE, Tail
 
 _POLL_S = 0.1
 _PATIENCE_S = 60.0  # until a person is told that nothing has come yet

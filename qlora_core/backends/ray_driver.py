@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 
 import qlora_core
 from qlora_core.backends import process_session
+from qlora_core.backends.node_probe import own_installation
 from qlora_core.backends.ray_resources import WORKER_PROCESS, local_cpus
 from qlora_core.backends.ray_work import (
     Spec,
@@ -133,7 +134,7 @@ def _run(home: RayHome, jobs: _Jobs) -> None:
         _train_on_our_own(home, jobs)
         return
     try:
-        carry_out(home.cluster, jobs.wait())
+        carry_out(home.cluster, jobs.wait(), own_installation())
     finally:
         ray.shutdown()
 

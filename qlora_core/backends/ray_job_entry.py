@@ -74,7 +74,7 @@ def _work(order: JobOrder) -> None:
     try:
         if isinstance(spec, RaySpec):
             reserve(spec.error_file)  # so that a full store can be told, too
-        carry_out(order.cluster, spec)
+        carry_out(order.cluster, spec, order.flow)
     finally:
         ray.shutdown()
     if isinstance(spec, RaySpec):

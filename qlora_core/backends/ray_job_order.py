@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from qlora_core.artifacts import Frozen
+from qlora_core.backends.node_probe import Installation
 from qlora_core.backends.ray_work import Spec
 from qlora_core.backends.ray_worker import RaySpec
 from qlora_core.config import ClusterConfig
@@ -29,6 +30,8 @@ class JobOrder(Frozen):
 
     cluster: ClusterConfig
     spec: Spec
+    flow: Installation
+    """What the flow imports: all nodes have to import the same, that of the job's driver, too."""
 
     @property
     def submission_id(self) -> str:

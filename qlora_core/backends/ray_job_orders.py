@@ -2,19 +2,27 @@
 
 The store knows the last order and its answer, the cluster which jobs live. An order whose job runs
 is followed, one that was answered is taken for done, and any other job for the folder is of an
-attempt that is over: it is stopped.
+attempt that is over: it is stopped. Where an order was given, a job may be at it, so an endpoint
+that is away or odd is waited for; where none was, its refusal is told at once.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from qlora_core.backends.ray_job_order import JobOrder, order_file, submission_stem
-from qlora_core.backends.ray_jobs_client import JobsClient, RayJob
+from qlora_core.backends.ray_job_patience import Patience
+from qlora_core.backends.ray_jobs_client import ClusterAwayError, JobsClient, RayJob
 from qlora_core.config import ClusterConfig
-from qlora_core.errors import from_json, storing
+from qlora_core.errors import QLoraError, from_json, storing
 from qlora_core.training.attempt import next_launch, read_record
 from qlora_core.training.durable import replace_durably
+
+T = TypeVar("T")
+_PAUSE_S = 1.0
 
 
 def open_line(cluster: ClusterConfig, scratch: Path) -> JobsClient:
@@ -40,15 +48,23 @@ class Orders:
     make: Callable[[str], JobOrder]
     """Returns the order of a launch, by its name."""
     say: Callable[[str], None]
+    check: Callable[[], None]
+    """Called while the endpoint is waited for."""
+    patience_s: float
 
     def found(self) -> JobOrder | None:
-        """Return the order whose job runs or has finished; stop jobs of any other."""
+        """Return the order whose job runs or has finished; stop jobs of any other.
+
+        Raises:
+            OutOfReachError: The endpoint stayed away, or odd; jobs are left alone.
+            QLoraError: It will not answer, and no order was given yet.
+        """
         known = self._known()
         order = self._last()
         for name, job in known.items():
             if not job.is_over and not _is_carried_out_by(order, name):
                 self.say(f"Ray job {name} is of an attempt that is over; stopping it.")
-                self.client.stop(name)
+                self._patiently(partial(self.client.stop, name))
         if order is None:
             return None
         answer = order.answer()
@@ -75,9 +91,24 @@ class Orders:
 
     def _known(self) -> dict[str, RayJob]:
         """Return the jobs for our scratch folder, by id."""
-        ids = {job.submission_id or "": job for job in self.client.jobs()}
+        ids = {job.submission_id or "": job for job in self._patiently(self.client.jobs)}
         opening = submission_stem(self.scratch)
         return {name: job for name, job in ids.items() if name.startswith(opening)}
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        about = f"the jobs for {self.scratch}"
+        patience = Patience(self.client.address, about, self.say, self.patience_s)
+        while True:
+            try:
+                answer = ask()
+                patience.rest()
+                return answer
+            except QLoraError as error:
+                if self._last() is None and not isinstance(error, ClusterAwayError):
+                    raise
+                patience.bear(error)
+            self.check()
+            time.sleep(_PAUSE_S)
 
     def _last(self) -> JobOrder | None:
         launch = read_record(self.scratch).launch
@@ -91,7 +122,8 @@ class Orders:
         if job is None or job.is_over or not _is_carried_out_by(order, order.submission_id):
             return None
         self.say(f"Ray job {order.submission_id} is {job.status.lower()}; attached to it.")
-        if self.make(order.spec.launch) != order:
+        made = self.make(order.spec.launch)
+        if (made.cluster, made.spec) != (order.cluster, order.spec):
             self.say(
                 "It goes by the cluster and snapshot settings it was started with; those of this "
                 "recipe count from the next attempt."

@@ -13,15 +13,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from qlora_core.backends.ray_job_log import Voice
 from qlora_core.backends.ray_job_order import JobOrder, found_last_word, order_file
-from qlora_core.backends.ray_jobs_client import ClusterAwayError, JobsClient, RayJob
+from qlora_core.backends.ray_job_patience import OutOfReachError, Patience
+from qlora_core.backends.ray_jobs_client import (
+    ClusterAwayError,
+    JobsClient,
+    RayJob,
+    RefusedError,
+)
 from qlora_core.backends.ray_package import package
 from qlora_core.backends.ray_process import TRAIN_SETTINGS
-from qlora_core.backends.ray_train import last_lines
+from qlora_core.backends.ray_voice import Voice, last_lines
 from qlora_core.backends.triage import LostDriverError
 from qlora_core.errors import (
-    LaunchError,
     QLoraError,
     ResourceError,
     TrainingError,
@@ -29,8 +33,6 @@ from qlora_core.errors import (
     from_json,
 )
 
-PATIENCE_S = 600.0
-"""With a cluster that is away: a head that moves to another machine takes minutes."""
 STOP_S = 15.0
 """How long a job that was told to stop is watched."""
 _POLL_S = 0.1
@@ -39,10 +41,6 @@ _PAUSE_S = 1.0
 _GRACE_S = 3.0  # from the end of a job to its answer, where the store is a network's
 _SHARED_S = 60.0  # such a file system may hide a new file that long
 _UNUSABLE = re.compile(r"ModuleNotFoundError: .*|ImportError: .*|\S+: (?:command )?not found")
-
-
-class OutOfReachError(LaunchError):
-    """Nobody can be asked; the job may well go on."""
 
 
 @dataclass
@@ -55,9 +53,17 @@ class JobWatch:
     say: Callable[[str], None]
     check: Callable[[], None]
     patience_s: float
+    _patience: Patience = field(init=False)
     _ask_at: float = field(default=0.0, init=False)
-    _away_since: float | None = field(default=None, init=False)
     _over_since: float | None = field(default=None, init=False)
+    _may_run: bool = field(default=False, init=False)
+    """It was asked for, be it that nobody knows whether that was heard."""
+    _is_known: bool = field(default=False, init=False)
+    """The cluster has said that there is such a job."""
+
+    def __post_init__(self) -> None:
+        about = f"Ray job {self.order.submission_id}"
+        self._patience = Patience(self.client.address, about, self.say, self.patience_s)
 
     def run(self, *, is_new: bool) -> None:
         """Follow the job until its result is there.
@@ -66,13 +72,16 @@ class JobWatch:
             is_new: Nobody has submitted it yet.
 
         Raises:
-            OutOfReachError: The endpoint stayed away; the job is left alone.
+            OutOfReachError: The endpoint stayed away, or odd; the job is left alone.
             LostDriverError: The job is over, and nobody knows why.
             QLoraError: What the job ended with, or what ``check`` raises; the job is stopped.
         """
+        self._may_run = self._is_known = not is_new
         try:
             if is_new:
                 self._submit()
+            else:
+                self.voice.recall()
             self._follow()
         except OutOfReachError:
             raise
@@ -83,21 +92,30 @@ class JobWatch:
             self.voice.catch_up(is_end=True)
 
     def _submit(self) -> None:
-        spec = self.order.spec
-        entry = "exec python -P -m qlora_core.backends.ray_job_entry "
-        file = order_file(spec.job.scratch, spec.launch)
         while True:
             self.check()
             try:
-                modules = [self.client.upload(*package())]
-                environment = {"py_modules": modules, "env_vars": environment_of_jobs()}
-                name = self.order.submission_id
-                self.client.submit(name, entry + shlex.quote(str(file)), environment)
-                self.say(f"Ray job {name} does it, at {self.client.address}")
+                self._send([self.client.upload(*package())])
+                self.say(f"Ray job {self.order.submission_id} does it, at {self.client.address}")
                 return
             except ClusterAwayError as error:
                 self._be_patient(error)
                 time.sleep(_PAUSE_S)
+
+    def _send(self, modules: list[str]) -> None:
+        """Ask for the job; whatever interrupts that, the request may be on its way."""
+        spec, before = self.order.spec, self._may_run
+        entry = "exec python -P -m qlora_core.backends.ray_job_entry "
+        file = order_file(spec.job.scratch, spec.launch)
+        environment = {"py_modules": modules, "env_vars": environment_of_jobs()}
+        self._may_run = True
+        try:
+            name = self.order.submission_id
+            self.client.submit(name, entry + shlex.quote(str(file)), environment)
+        except (UserError, RefusedError):  # this request has started nothing; one before may have
+            self._may_run = before
+            raise
+        self._is_known = True
 
     def _follow(self) -> None:
         while not self._is_answered():
@@ -128,12 +146,10 @@ class JobWatch:
         """Raise if the job is over without an answer, or if nobody has known for too long."""
         try:
             job = self.client.job(self.order.submission_id)
-        except ClusterAwayError as error:
+        except QLoraError as error:  # a token that ran out, a proxy's page: the job knows nothing
             self._be_patient(error)
             return
-        if self._away_since is not None:
-            self.say(f"{self.client.address} answers again.")
-        self._away_since = None
+        self._patience.rest()
         if job and not job.is_over:
             return
         self._over_since = self._over_since or time.monotonic()
@@ -141,37 +157,42 @@ class JobWatch:
         if time.monotonic() - self._over_since >= (_SHARED_S if is_done else _GRACE_S):
             raise _end_of(self.order, job)
 
-    def _be_patient(self, error: ClusterAwayError) -> None:
-        now = time.monotonic()
-        if self._away_since is None:
-            self._away_since = now
-            self.say(f"{error.what} {error.why} Waiting; a job that runs goes on meanwhile.")
-        if now - max(self._away_since, self.voice.heard_at) < self.patience_s:
-            return
-        raise OutOfReachError(
-            f"{self.client.address} has not answered for {self.patience_s:.0f} s, and nothing came "
-            f"from Ray job {self.order.submission_id}.",
-            why=error.why,
-            fix="If the job runs, it goes on. Run again when the cluster answers: it will be "
-            "found, or training goes on from the last snapshot.",
-        ) from error
+    def _be_patient(self, error: QLoraError) -> None:
+        self._patience.bear(error, self.voice.heard_at)
 
     def _stop(self) -> None:
-        """Stop the job, and see it end; say so if it does not."""
+        """Stop the job, and see it end; say so if it does not.
+
+        A request that nobody answered may start it seconds later: it is looked for until then.
+        """
+        if not self._may_run:
+            return
         name, deadline = self.order.submission_id, time.monotonic() + STOP_S
         reason = "it does not end"
         while time.monotonic() < deadline:
             try:
                 job = self.client.job(name)
-                if job is None or job.is_over:
+                if job.is_over if job else self._is_known:
                     return
-                self.client.stop(name)
+                if job:
+                    self._is_known = True
+                    self.client.stop(name)
             except QLoraError as error:  # what ended the run is told, not this
                 reason = str(error)
             time.sleep(_PAUSE_S / 2)
-        self.say(
-            f"Ray job {name} was told to stop, but may still run after {STOP_S:.0f} s ({reason}). "
-            f"By hand: ray job stop {name} --address {self.client.address}"
+        self.say(self._left_behind(reason))
+
+    def _left_behind(self, reason: str) -> str:
+        name = self.order.submission_id
+        by_hand = f"ray job stop {name} --address {self.client.address}"
+        if self._is_known:
+            return (
+                f"Ray job {name} was told to stop, but may still run after {STOP_S:.0f} s "
+                f"({reason}). By hand: {by_hand}"
+            )
+        return (
+            f"Ray job {name} was asked for, and nobody knows whether that was heard: after "
+            f"{STOP_S:.0f} s there is none. If `ray job list` shows it later: {by_hand}"
         )
 
 

@@ -20,17 +20,20 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_core.backends.ray_job_log import JobVoice
+from qlora_core.backends.node_probe import own_installation
 from qlora_core.backends.ray_job_order import JobOrder
 from qlora_core.backends.ray_job_orders import Orders, open_line
-from qlora_core.backends.ray_job_watch import PATIENCE_S, JobWatch
-from qlora_core.backends.ray_worker import LOG_FILE, RaySpec
+from qlora_core.backends.ray_job_patience import PATIENCE_S
+from qlora_core.backends.ray_job_watch import JobWatch
+from qlora_core.backends.ray_jobs_client import JobsClient
+from qlora_core.backends.ray_voice import TrainingVoice
+from qlora_core.backends.ray_worker import RaySpec
 from qlora_core.backends.triage import PAUSES_S, Triage
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import QLoraError, storing
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.desk import SUMMARY_FILE
-from qlora_core.training.journal import JOURNAL_FILE
+from qlora_core.training.journal import JOURNAL_FILE, LOG_FILE
 
 _POLL_S = 0.1
 
@@ -68,8 +71,8 @@ class RayJobsLauncher:
         """
         job = job.absolute()
         client = open_line(self.cluster, job.scratch)
-        orders = Orders(job.scratch, client, lambda launch: self._order(job, launch), self.say)
-        voice = JobVoice.of(job, on_step, self.say)
+        orders = self._orders(job, client)
+        voice = TrainingVoice.of(job, on_step, self.say, self.say)
         triage = Triage(job.scratch, self.cluster.max_failures, self.pauses_s)
         while True:
             launch = ""
@@ -91,15 +94,22 @@ class RayJobsLauncher:
                 (job.scratch / stale).unlink(missing_ok=True)
         return orders.written()
 
-    def _order(self, job: TrainJob, launch: str) -> JobOrder:
-        spec = RaySpec(
+    def _orders(self, job: TrainJob, client: JobsClient) -> Orders:
+        flow = own_installation()
+
+        def make(launch: str) -> JobOrder:
+            return JobOrder(cluster=self.cluster, spec=self._spec(job, launch), flow=flow)
+
+        return Orders(job.scratch, client, make, self.say, self.check, self.patience_s)
+
+    def _spec(self, job: TrainJob, launch: str) -> RaySpec:
+        return RaySpec(
             job=job.model_copy(update={"out": job.scratch / f"result-{launch}"}),
             snapshots=self.snapshots,
             launch=launch,
             log=job.scratch / LOG_FILE,
             cluster=self.cluster,
         )
-        return JobOrder(cluster=self.cluster, spec=spec)
 
     def _pause(self, seconds: float) -> None:
         end_s = time.monotonic() + seconds

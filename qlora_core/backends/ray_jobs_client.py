@@ -21,15 +21,16 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qlora_core.artifacts import Frozen
 from qlora_core.backends.ray_address import require_jobs_address
 from qlora_core.errors import LaunchError, UserError
 
+T = TypeVar("T")
 Status = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
 
 _TIMEOUT_S = 5.0
@@ -37,7 +38,8 @@ _UPLOAD_S = 60.0
 _PATIENCE_S = 10.0  # a cluster that was started a moment ago
 _PAUSE_S = 0.5
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_AWAY = (500, 502, 503, 504)  # the dashboard answers, but not who is behind it
+_AWAY = (408, 425, 429, 500, 502, 503, 504, *range(520, 531))
+"""The dashboard or a proxy answers, but not who is behind it; 520 to 530 are Cloudflare's."""
 _WHO_WE_ARE = (
     "Give the cluster's token through the environment of whoever runs the flow: "
     "RAY_AUTH_MODE=token with RAY_AUTH_TOKEN, or with RAY_AUTH_TOKEN_PATH naming a file that "
@@ -47,6 +49,10 @@ _WHO_WE_ARE = (
 
 class ClusterAwayError(LaunchError):
     """The endpoint does not answer, or answers that it cannot at the moment."""
+
+
+class RefusedError(LaunchError):
+    """The endpoint answers that it will not."""
 
 
 class RayJob(Frozen):
@@ -84,11 +90,7 @@ class JobsClient:
         deadline = time.monotonic() + patience_s
         while True:
             try:
-                if isinstance(self._ask("GET", "/api/version"), dict):
-                    return
-                raise _other_service(self.address)
-            except _NotFoundError:
-                raise _other_service(self.address) from None
+                return self._require_endpoint()
             except ClusterAwayError as error:
                 if time.monotonic() >= deadline:
                     raise UserError(
@@ -105,18 +107,21 @@ class JobsClient:
 
         Raises:
             ClusterAwayError: No answer.
+            QLoraError: An answer that is none: of a proxy, say.
         """
-        return [RayJob.model_validate(job) for job in self._ask("GET", "/api/jobs/")]
+        return self._read(list[RayJob], "/api/jobs/")
 
     def job(self, submission_id: str) -> RayJob | None:
         """Return one job; None if the cluster does not know it (any more).
 
         Raises:
             ClusterAwayError: No answer.
+            QLoraError: An answer that is none: of a proxy, say.
         """
         try:
-            return RayJob.model_validate(self._ask("GET", f"/api/jobs/{submission_id}"))
+            return self._read(RayJob, f"/api/jobs/{submission_id}")
         except _NotFoundError:
+            self._require_endpoint()  # a proxy without a cluster behind it finds nothing, either
             return None
 
     def submit(self, submission_id: str, entrypoint: str, runtime_env: dict[str, Any]) -> None:
@@ -132,7 +137,7 @@ class JobsClient:
         }
         try:
             self._ask("POST", "/api/jobs/", json.dumps(order).encode())
-        except (ClusterAwayError, _RefusedError):
+        except (ClusterAwayError, RefusedError):
             if self.job(submission_id) is None:
                 raise
 
@@ -163,6 +168,20 @@ class JobsClient:
         except _NotFoundError:
             self._ask("PUT", place, package)
         return f"gcs://{name}"
+
+    def _require_endpoint(self) -> None:
+        try:
+            if isinstance(self._ask("GET", "/api/version"), dict):
+                return
+        except _NotFoundError:
+            pass
+        raise _other_service(self.address)
+
+    def _read(self, kind: type[T], path: str) -> T:
+        try:
+            return TypeAdapter(kind).validate_python(self._ask("GET", path))
+        except ValidationError as error:
+            raise _other_service(self.address) from error
 
     def _ask(self, method: str, path: str, body: bytes | None = None) -> Any:
         """Return the answer, read as JSON if there is any."""
@@ -200,7 +219,7 @@ class JobsClient:
             return _NotFoundError(f"{self.address} does not know it.", why=said)
         if error.code in _AWAY:
             return ClusterAwayError(f"{self.address} answers {error.code}.", why=said)
-        return _RefusedError(f"{self.address} answers {error.code}.", why=said)
+        return RefusedError(f"{self.address} answers {error.code}.", why=said)
 
     def _silence(self, error: Exception) -> LaunchError | UserError:
         reason = getattr(error, "reason", error)
@@ -215,10 +234,6 @@ class JobsClient:
 
 
 class _NotFoundError(LaunchError):
-    pass
-
-
-class _RefusedError(LaunchError):
     pass
 
 

@@ -9,18 +9,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from qlora_core.backends.node_probe import own_installation
 from qlora_core.backends.ray_asker import AskSpec
 from qlora_core.backends.ray_crew import ReplyFollower
-from qlora_core.backends.ray_job_log import LogTeller
 from qlora_core.backends.ray_job_order import JobOrder
 from qlora_core.backends.ray_job_orders import Orders, open_line
-from qlora_core.backends.ray_job_watch import PATIENCE_S, JobWatch
-from qlora_core.backends.ray_worker import LOG_FILE
+from qlora_core.backends.ray_job_patience import PATIENCE_S
+from qlora_core.backends.ray_job_watch import JobWatch
+from qlora_core.backends.ray_jobs_client import JobsClient
+from qlora_core.backends.ray_voice import LogTeller
 from qlora_core.backends.replies import REPLIES_FILE
 from qlora_core.backends.triage import LostDriverError
 from qlora_core.config import ClusterConfig
 from qlora_core.ports import AskJob, Reply
-from qlora_core.training.journal import Tail
+from qlora_core.training.journal import LOG_FILE, Tail
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class RayJobsCrew:
         """
         job = job.absolute()
         client = open_line(self.cluster, job.scratch)
-        orders = Orders(job.scratch, client, lambda launch: self._order(job, launch), self.say)
+        orders = self._orders(job, client)
         voice = ReplyVoice.of(job, on_reply, self.say)
         num_lost = 0
         while True:
@@ -66,9 +68,16 @@ class RayJobsCrew:
                     raise
             self.say("The Ray job was lost; starting again with what is not answered yet.")
 
-    def _order(self, job: AskJob, launch: str) -> JobOrder:
-        spec = AskSpec(job=job, launch=launch, log=job.scratch / LOG_FILE)
-        return JobOrder(cluster=self.cluster, spec=spec)
+    def _orders(self, job: AskJob, client: JobsClient) -> Orders:
+        flow = own_installation()
+
+        def make(launch: str) -> JobOrder:
+            return JobOrder(cluster=self.cluster, spec=self._spec(job, launch), flow=flow)
+
+        return Orders(job.scratch, client, make, self.say, self.check, self.patience_s)
+
+    def _spec(self, job: AskJob, launch: str) -> AskSpec:
+        return AskSpec(job=job, launch=launch, log=job.scratch / LOG_FILE)
 
 
 @dataclass
@@ -95,3 +104,7 @@ class ReplyVoice:
         if len(self.follower.heard) > known:
             self.heard_at = time.monotonic()
         self.log.catch_up(is_end=is_end)
+
+    def recall(self) -> None:
+        """Tell the end of the log as it was."""
+        self.log.recall()

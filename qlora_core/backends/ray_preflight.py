@@ -4,6 +4,9 @@ One small task pinned to each node, without a CPU, so that a busy cluster answer
 process of its own (`max_calls=1`): it may touch a GPU, and must let go of it. A node that does not
 answer in time is named, and not waited for.
 
+How many workers a node may get follows from what it has; so may others have it now. Ray says so:
+what it has given away is not counted as lacking (`readiness`), as ours will wait for it.
+
 Asked are the nodes with room for a worker, and the driver's own, where Ray Train keeps its books.
 Those that join later are not: a worker there says itself what it lacks.
 """
@@ -18,17 +21,17 @@ from typing import Any
 from uuid import uuid4
 
 import ray
+from ray._private.state import available_resources_per_node  # Ray's own libraries do so, too
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qlora_core.backends.errands import Errand
 from qlora_core.backends.node_probe import (
     NONCE_FILE,
+    Installation,
     NodeReport,
     Question,
     list_folder,
-    own_code,
-    own_versions,
     probe_plain,
 )
 from qlora_core.backends.ray_resources import places_on
@@ -42,7 +45,12 @@ ANSWER_S = 120.0
 
 
 def require_ready(
-    cluster: ClusterConfig, errand: Errand, cpus: int, gpus: float, answer_s: float = ANSWER_S
+    cluster: ClusterConfig,
+    errand: Errand,
+    cpus: int,
+    gpus: float,
+    launcher: Installation,
+    answer_s: float = ANSWER_S,
 ) -> None:
     """Return once every node that may get a worker has shown that it can run one.
 
@@ -51,10 +59,12 @@ def require_ready(
         errand: What workers will do.
         cpus: Of a worker.
         gpus: Of a worker.
+        launcher: What the run's flow imports; this process may be a job on the cluster itself.
         answer_s: How long a node may take to answer.
 
     Raises:
         ClusterError: Nodes cannot: all problems of all of them.
+        NoRoomError: They could, if others than Ray's workers did not use their memory.
         LaunchError: Nodes do not answer.
         StoreError: The store cannot be written from here.
     """
@@ -67,12 +77,14 @@ def require_ready(
     asked = {name: pair for name, pair in rooms.items() if pair[1] or name == own}
     with _meeting(errand, needs_gpu=gpus > 0) as question:
         answers = _Answers(question, list(asked), answer_s)
-        of_all = _wanted_of_all(errand, gpus)  # takes seconds, in which they look around
+        of_all = _wanted_of_all(errand, gpus, launcher)  # takes seconds, in which they look around
+        free = available_resources_per_node()
         nodes = []
         for name, (node, room) in asked.items():
             counted = {
                 "num_workers": min(room, cluster.max_workers),
                 "num_gpus": int(node["Resources"].get("GPU", 0)),
+                "is_booked": is_booked(node["Resources"], free.get(name, {}), gpus),
             }
             report, silence = answers.of(name)
             file = question.meeting / name
@@ -82,11 +94,22 @@ def require_ready(
         raise error
 
 
-def _wanted_of_all(errand: Errand, gpus: float) -> Wanted:
+def is_booked(node: Mapping[str, float], free: Mapping[str, float], gpus: float) -> bool:
+    """Say whether Ray has given away some of what the memory of workers goes with.
+
+    Args:
+        node: What it has.
+        free: What is left of that; Ray leaves out what is used up.
+        gpus: Of a worker.
+    """
+    kind = "GPU" if gpus else "CPU"
+    return free.get(kind, 0.0) < node.get(kind, 0.0)
+
+
+def _wanted_of_all(errand: Errand, gpus: float, launcher: Installation) -> Wanted:
     needs = errand.needs()
     return Wanted(
-        versions=own_versions(),
-        code=own_code(),
+        installed=launcher,
         num_workers=0,
         gpus_per_worker=gpus,
         num_gpus=0,

@@ -116,6 +116,11 @@ class WaitingDriver:
             with suppress(OSError):  # no room, say: whoever needs it will meet it, and can tell
                 self._drivers.put(start_driver(cluster))
 
+    @property
+    def is_here(self) -> bool:
+        """Whether a driver, with its workers, waits."""
+        return not self._drivers.empty()
+
     def take(self) -> DriverProcess | None:
         """Return the driver, if one is here that has not met trouble."""
         with suppress(Empty):

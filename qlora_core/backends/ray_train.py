@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from qlora_core.backends.local_room import require_memory
 from qlora_core.backends.ray_address import require_ray
 from qlora_core.backends.ray_process import DriverProcess, WaitingDriver, start_driver
 from qlora_core.backends.ray_resources import require_local_room
-from qlora_core.backends.ray_worker import LOG_FILE, RaySpec
+from qlora_core.backends.ray_voice import TrainingVoice, last_lines
+from qlora_core.backends.ray_work import await_room
+from qlora_core.backends.ray_worker import RaySpec
 from qlora_core.backends.triage import PAUSES_S, LostDriverError, Triage
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import QLoraError, from_json, storing
@@ -26,7 +28,7 @@ from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.attempt import next_launch
 from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.durable import reserve
-from qlora_core.training.journal import JOURNAL_FILE, NOTES_FILE, StepTail, Tail
+from qlora_core.training.journal import JOURNAL_FILE, LOG_FILE
 
 _POLL_S = 0.1
 
@@ -38,7 +40,8 @@ class RayTrainLauncher:
     cluster: ClusterConfig
     snapshots: SnapshotConfig
     say: Callable[[str], None]
-    """Told what a person should know, once: a resume, a damaged snapshot, a lost driver."""
+    """Told what a person should know, once: a resume, a damaged snapshot, a lost driver. Of a
+    running cluster also, in doses, what it says, and now and then how far training is."""
     check: Callable[[], None] = lambda: None
     """Called several times a second; what it raises ends training and all of Ray's processes."""
     waiting: WaitingDriver = field(default_factory=WaitingDriver, repr=False, compare=False)
@@ -75,15 +78,16 @@ class RayTrainLauncher:
             job.scratch.mkdir(parents=True, exist_ok=True)
             for stale in (JOURNAL_FILE, SUMMARY_FILE):  # snapshots hold the journal's truth
                 (job.scratch / stale).unlink(missing_ok=True)
-        follower = StepFollower.of(job, on_step, self.say)
+        voice = TrainingVoice.of(job, on_step, self.say, self._aside)
         triage = Triage(job.scratch, self.cluster.max_failures, self.pauses_s)
         while True:
             launch = ""
             try:
                 launch = next_launch(job.scratch)
-                return self._launch(job, launch, follower)
+                self._await_memory(job)
+                return self._launch(job, launch, voice)
             except QLoraError as error:
-                incident, pause_s = triage.remedy(error, follower.last_step, launch)
+                incident, pause_s = triage.remedy(error, voice.follower.last_step, launch)
             self.say(incident.sentence())
             self._pause(pause_s)
 
@@ -93,7 +97,28 @@ class RayTrainLauncher:
             self.check()
             time.sleep(_POLL_S)
 
-    def _launch(self, job: TrainJob, launch: str, follower: "StepFollower") -> None:
+    def _aside(self, message: str) -> None:
+        """Tell what workers of a running cluster say; those of this machine need not be watched."""
+        if self.cluster.address is not None:
+            self.say(message)
+
+    def _await_memory(self, job: TrainJob) -> None:
+        """Return once a Ray of our own has the memory; a running cluster is asked by the driver.
+
+        Raises:
+            ResourceError: This machine is too small.
+            NoRoomError: Others use its memory.
+        """
+        if self.cluster.address is None:
+            waits = self.waiting.is_here
+            await_room(
+                lambda: require_memory(job, self.cluster, is_waiting=waits),
+                self.cluster.wait_for_nodes_s,
+                self.say,
+                self._pause,
+            )
+
+    def _launch(self, job: TrainJob, launch: str, voice: TrainingVoice) -> None:
         """Run one driver to the end of the job."""
         spec = RaySpec(
             job=job,
@@ -106,7 +131,7 @@ class RayTrainLauncher:
         driver = self.waiting.take() or start_driver(self.cluster, spec.log)
         try:
             driver.give(spec)
-            if not _watch(driver, spec, follower, self.check):
+            if not _watch(driver, spec, voice, self.check):
                 raise LostDriverError(
                     f"Ray's driver was lost more than cluster.max_failures="
                     f"{self.cluster.max_failures} times. Its last words:\n{last_lines(spec.log)}",
@@ -114,58 +139,24 @@ class RayTrainLauncher:
                 )
         finally:
             driver.end()
+            voice.log.catch_up(is_end=True)
             shutil.rmtree(job.scratch / "ray", ignore_errors=True)
 
 
-@dataclass
-class StepFollower:
-    """Passes on what the workers write down."""
-
-    steps: StepTail
-    notes: Tail
-    on_step: Callable[[StepMetrics], None]
-    say: Callable[[str], None]
-    last_step: int | None = None
-
-    @classmethod
-    def of(
-        cls, job: TrainJob, on_step: Callable[[StepMetrics], None], say: Callable[[str], None]
-    ) -> "StepFollower":
-        """Listen to ``job``: all of its steps, and of its notes what comes from now on."""
-        notes = Tail(job.scratch / NOTES_FILE)
-        list(notes.lines())  # what earlier runs said was told then
-        return cls(StepTail(job.scratch / JOURNAL_FILE), notes, on_step, say)
-
-    def catch_up(self) -> None:
-        """Pass on what is new."""
-        for note in self.notes.lines():
-            self.say(note)
-        for metrics in self.steps.steps():
-            self.on_step(metrics)
-            self.last_step = metrics.step
-
-
 def _watch(
-    driver: DriverProcess, spec: RaySpec, follower: StepFollower, check: Callable[[], None]
+    driver: DriverProcess, spec: RaySpec, voice: TrainingVoice, check: Callable[[], None]
 ) -> bool:
     """Follow a driver to its end; return whether it finished, False if it was lost."""
     error = spec.final_error()
     while error is None and not driver.has_answered():
         check()
-        follower.catch_up()
+        voice.catch_up()
         time.sleep(_POLL_S)
         error = spec.final_error()
-    follower.catch_up()
+    voice.catch_up()
     if error := error or spec.final_error():  # the worker knows more than the driver
         raise error
     outcome = driver.outcome()
     if outcome:
         raise from_json(outcome)
     return outcome is not None
-
-
-def last_lines(path: Path, count: int = 15) -> str:
-    """Return the end of a log."""
-    if not path.exists():
-        return ""
-    return "\n".join(path.read_text("utf-8", errors="replace").splitlines()[-count:])

@@ -17,6 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 from qlora_core.backends.errands import asking_errand, training_errand
+from qlora_core.backends.node_probe import Installation
 from qlora_core.backends.ray_asker import AskSpec
 from qlora_core.backends.ray_process import START_S
 from qlora_core.backends.ray_resources import Node, idle_gpus, share_out
@@ -29,15 +30,17 @@ _NOT_STARTED = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError
 
 Spec = RaySpec | AskSpec
 _POLL_S = 1.0
+_ROOM_POLL_S = 5.0  # asking nodes starts a process on each
 _LEAST_STARTS = 6
 
 
-def carry_out(cluster: ClusterConfig, spec: Spec) -> None:
+def carry_out(cluster: ClusterConfig, spec: Spec, launcher: Installation) -> None:
     """Do what ``spec`` says on the cluster that this process is connected to.
 
     Args:
         cluster: How many workers, and how often they may be lost.
         spec: A training, or questions to a model.
+        launcher: What the flow imports that asks for it.
 
     Raises:
         ResourceError: The cluster has not what was asked for.
@@ -50,13 +53,21 @@ def carry_out(cluster: ClusterConfig, spec: Spec) -> None:
     one_more = isinstance(spec, RaySpec) and spec.snapshots.validate_beside
     cpus, gpus = shares(cluster, lambda note: _tell(spec, note), one_more=one_more)
     tell_of_idle_gpus(cluster, gpus, lambda: spec)
+    errand = (
+        asking_errand(spec.job, gpus)
+        if isinstance(spec, AskSpec)
+        else training_errand(spec.job, cluster, cpus, gpus)
+    )
+    await_room(
+        lambda: require_ready(cluster, errand, cpus, gpus, launcher),
+        cluster.wait_for_nodes_s,
+        lambda note: _tell(spec, note),
+    )
     if isinstance(spec, AskSpec):
         from qlora_core.backends.ray_asking import ask_on_cluster
 
-        require_ready(cluster, asking_errand(spec.job, gpus), cpus, gpus)
         ask_on_cluster(cluster, spec, cpus, gpus)
         return
-    require_ready(cluster, training_errand(spec.job, cluster, cpus, gpus), cpus, gpus)
     storage = spec.job.scratch / "ray"
     with beside(cluster, lambda: spec, cpus, gpus):
         failure = fit(cluster, WorkerOrder(spec=spec, num_threads=cpus), gpus, storage)
@@ -123,6 +134,36 @@ def tell_of_idle_gpus(
 
 def _present(nodes: list[dict[str, Any]]) -> list[Node]:
     return [node["Resources"] for node in nodes if node["Alive"]]
+
+
+def await_room(
+    require: Callable[[], None],
+    patience_s: float,
+    say: Callable[[str], None],
+    pause: Callable[[float], None] = time.sleep,
+) -> None:
+    """Return once there is room: what is in the way may be a run that is just ending.
+
+    Args:
+        require: Raises a NoRoomError as long as there is none.
+        patience_s: How long it is asked again.
+        say: Told once what is waited for.
+        pause: Called between with seconds to let pass.
+
+    Raises:
+        NoRoomError: There is still none.
+    """
+    begun_s, is_told = time.monotonic(), False
+    while True:
+        try:
+            return require()
+        except NoRoomError as error:
+            if time.monotonic() - begun_s >= patience_s:
+                raise
+            if not is_told:
+                say(f"{error.what} Waiting {patience_s:g} s for room. {error.fix}")
+                is_told = True
+        pause(_ROOM_POLL_S)
 
 
 def _tell(spec: Spec, note: str) -> None:

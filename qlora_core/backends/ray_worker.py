@@ -25,8 +25,6 @@ from qlora_core.errors import (
 )
 from qlora_core.ports import TrainJob
 
-LOG_FILE = "ray.log"
-"""In a scratch folder: what driver and workers say."""
 _POLL_S = 0.05
 
 

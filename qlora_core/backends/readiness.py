@@ -2,6 +2,11 @@
 
 A cluster is mended node by node and image by image; an error for each problem would cost a start
 each. Pure: what nodes report is held against what is wanted; `ray_preflight` asks them.
+
+Memory is what each GPU or machine has *in all*: what is less than that will never do. What is free
+counts only where Ray has given nothing of the node away: elsewhere it is used by workers that Ray
+waits for before it starts ours. And what is used now by others than Ray's workers may be free in a
+minute, so that is no error to end a run with, but `NoRoomError`, which is waited for.
 """
 
 from collections.abc import Iterator
@@ -10,8 +15,8 @@ from pathlib import Path
 
 from qlora_core.artifacts import Frozen
 from qlora_core.backends.host_room import HostNeed
-from qlora_core.backends.node_probe import PRESENT, SAME_VERSION, NodeReport
-from qlora_core.errors import ClusterError, LaunchError, QLoraError
+from qlora_core.backends.node_probe import PRESENT, SAME_VERSION, Installation, NodeReport
+from qlora_core.errors import ClusterError, LaunchError, NoRoomError, QLoraError, ResourceError
 
 _BFLOAT16_SINCE = (8, 0)  # Ampere; older GPUs compute it in float32, several times slower
 _SHOWN = 5  # paths of a node: a folder that is not there has hundreds
@@ -20,9 +25,8 @@ _SHOWN = 5  # paths of a node: a folder that is not there has hundreds
 class Wanted(Frozen):
     """What a node has to be, for the workers that may run on it."""
 
-    versions: dict[str, str | None]
-    """The launcher's."""
-    code: str
+    installed: Installation
+    """At the launcher's."""
     num_workers: int
     """That may run on this node at once."""
     gpus_per_worker: float
@@ -35,6 +39,8 @@ class Wanted(Frozen):
     """What to change for a smaller pass."""
     host: HostNeed | None = None
     """Beside a GPU that does not hold the base."""
+    is_booked: bool = False
+    """Ray's workers use some of what workers book there, so what is free now says nothing."""
 
 
 @dataclass(frozen=True)
@@ -61,30 +67,69 @@ def readiness_error(nodes: list[Node], address: str) -> QLoraError | None:
         nodes: All that were asked.
         address: Of the cluster.
     """
-    problems = [f"node {node.name}: {sentence}" for node in nodes for sentence in _problems(node)]
-    if not problems:
-        return None
-    if all(node.report is None for node in nodes if list(_problems(node))):
+    silent = [f"node {node.name}: {node.silence}" for node in nodes if node.report is None]
+    lasting = [f"node {node.name}: {sentence}" for node in nodes for sentence in _lasting(node)]
+    passing = [f"node {node.name}: {sentence}" for node in nodes for sentence in _passing(node)]
+    if lasting:
+        told = [*lasting, *silent, *passing]
+        return ClusterError.of(told, f"the cluster at {address} is not ready for this run")
+    if passing:
+        return NoRoomError(
+            f"The cluster at {address} has no room now: {'; '.join([*passing, *silent])}",
+            why="Others than Ray's workers use that memory.",
+            fix="Wait for them or end them, or leave those nodes out; then run again.",
+        )
+    if silent:
         return LaunchError(
-            f"The cluster at {address} did not answer whole: {'; '.join(problems)}",
+            f"The cluster at {address} did not answer whole: {'; '.join(silent)}",
             why="Nothing was started. A node may be starting, overloaded, or cut off.",
             fix="Look at those nodes (`ray status`), or take them out of the cluster.",
         )
-    return ClusterError.of(problems, f"the cluster at {address} is not ready for this run")
+    return None
 
 
-def _problems(node: Node) -> Iterator[str]:
+def memory_error(report: NodeReport, wanted: Wanted) -> QLoraError | None:
+    """Return what this machine's memory lacks for workers on a Ray of our own; None if nothing.
+
+    Args:
+        report: Of this machine.
+        wanted: Of it.
+    """
+    if too_little := list(_lacks(report, wanted, is_free=False)):
+        problems = [f"{sentence}. {wanted.smaller}".rstrip() for sentence in too_little]
+        return ResourceError.of(problems, "this machine is too small for this run")
+    if taken := list(_lacks(report, wanted, is_free=True)):
+        return NoRoomError(
+            f"This machine has no room now: {'; '.join(taken)}.",
+            why="Other processes use that memory.",
+            fix=f"Wait for them or end them, then run again. {wanted.smaller}".rstrip(),
+        )
+    return None
+
+
+def _lasting(node: Node) -> Iterator[str]:
+    """Yield what stays as it is until a person mends it."""
     if node.report is None:
-        yield node.silence
         return
     yield from _of_paths(node, node.report)
-    yield from _of_versions(node.report, node.wanted)
+    yield from _of_versions(node.report, node.wanted.installed)
     if node.report.trouble:
         yield f"torch cannot be used there ({node.report.trouble}); mend that environment"
         return
     if node.wanted.num_workers and node.wanted.gpus_per_worker:
         yield from _of_gpus(node.report, node.wanted)
-    yield from _of_memory(node.report, node.wanted)
+    for sentence in _lacks(node.report, node.wanted, is_free=False):
+        yield f"{sentence}; leave the node out. {node.wanted.smaller}".rstrip()
+
+
+def _passing(node: Node) -> Iterator[str]:
+    """Yield what is in the way now, and need not be for long."""
+    if node.report is None or node.report.trouble or node.wanted.is_booked:
+        return
+    if any(_lacks(node.report, node.wanted, is_free=False)):
+        return
+    for sentence in _lacks(node.report, node.wanted, is_free=True):
+        yield f"{sentence}; free some, or leave the node out. {node.wanted.smaller}".rstrip()
 
 
 def _of_paths(node: Node, report: NodeReport) -> Iterator[str]:
@@ -100,20 +145,21 @@ def _of_paths(node: Node, report: NodeReport) -> Iterator[str]:
         )
 
 
-def _of_versions(report: NodeReport, wanted: Wanted) -> Iterator[str]:
+def _of_versions(report: NodeReport, wanted: Installation) -> Iterator[str]:
+    found = report.installed
     for name in ("python", *SAME_VERSION):
-        ours, theirs = wanted.versions[name], report.versions.get(name)
+        ours, theirs = wanted.versions[name], found.versions.get(name)
         if _short(theirs) != _short(ours):
             yield (
                 f"{name} is {theirs or 'not installed'}, the launcher's is {ours}; install "
                 f"{name} {_short(ours)} there, or use the launcher's image"
             )
     for name in PRESENT:
-        if report.versions.get(name) is None:
+        if found.versions.get(name) is None:
             yield f"{name} is not installed; install {name} {wanted.versions[name]} there"
-    if report.code != wanted.code:
+    if found.code != wanted.code:
         yield (
-            f"it imports another qlora_core (source {report.code[:12]}) than the launcher "
+            f"it imports another qlora_core (source {found.code[:12]}) than the launcher "
             f"(source {wanted.code[:12]}); take that one off its PYTHONPATH"
         )
 
@@ -135,29 +181,39 @@ def _of_gpus(report: NodeReport, wanted: Wanted) -> Iterator[str]:
                 )
 
 
-def _of_memory(report: NodeReport, wanted: Wanted) -> Iterator[str]:
+def _lacks(report: NodeReport, wanted: Wanted, *, is_free: bool) -> Iterator[str]:
+    """Yield what is too little for a worker, of what is free or of all there is."""
     if not wanted.num_workers or wanted.need_bytes is None:
         return
-    free, whose = _free_for_worker(report, wanted)
-    if free is not None and wanted.need_bytes > free:
+    found, whose = _for_worker(report, wanted, is_free=is_free)
+    if found is not None and wanted.need_bytes > found:
+        counted = "free" if is_free else "in all"
         yield (
-            f"a worker finds {free / 1e9:.2f} GB of {whose} free, and the smallest pass needs "
-            f"{wanted.need_bytes / 1e9:.2f} GB; free some, or leave the node out. {wanted.smaller}"
-        ).rstrip()
-    if wanted.host is not None and report.free_bytes is not None:
-        lacking = wanted.host.lacking(free or 0, report.free_bytes, wanted.num_workers)
-        yield from [lacking] if lacking else []
+            f"a worker finds {found / 1e9:.2f} GB of {whose} {counted}{_unsaid(report)}, and the "
+            f"smallest pass needs {wanted.need_bytes / 1e9:.2f} GB"
+        )
+    host_bytes = report.free_bytes if is_free else report.total_bytes
+    if wanted.host is not None and host_bytes is not None:
+        room = (found or 0, host_bytes, wanted.num_workers)
+        if lacking := wanted.host.lacking(*room, is_free=is_free):
+            yield lacking
 
 
-def _free_for_worker(report: NodeReport, wanted: Wanted) -> tuple[int | None, str]:
+def _for_worker(report: NodeReport, wanted: Wanted, *, is_free: bool) -> tuple[int | None, str]:
+    """Return how much there is for the worker that gets the least, and of what."""
     if wanted.gpus_per_worker:
         sharing = max(1, int(1 / wanted.gpus_per_worker))
         needed = -(-wanted.num_workers // sharing)  # a worker trains on the first of its GPUs
-        freest_first = sorted((gpu.free_bytes for gpu in report.gpus), reverse=True)
-        return min(freest_first[:needed], default=0) // sharing, "GPU memory"
-    if report.free_bytes is None:
-        return None, ""
-    return report.free_bytes // wanted.num_workers, "memory"
+        sizes = [gpu.free_bytes if is_free else gpu.total_bytes for gpu in report.gpus]
+        return min(sorted(sizes, reverse=True)[:needed], default=0) // sharing, "GPU memory"
+    host_bytes = report.free_bytes if is_free else report.total_bytes
+    return host_bytes and host_bytes // wanted.num_workers, "memory"
+
+
+def _unsaid(report: NodeReport) -> str:
+    """Return why GPUs do not say what is free."""
+    troubles = {gpu.trouble for gpu in report.gpus if gpu.trouble}
+    return f" ({'; '.join(sorted(troubles))})" if troubles else ""
 
 
 def _short(version: str | None) -> str:

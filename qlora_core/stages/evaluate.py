@@ -34,6 +34,7 @@ from qlora_core.evaluation.questions import Questions, read_questions, spread
 from qlora_core.evaluation.records import AnswerRow, Records, write_records
 from qlora_core.ports import Answer, AskJob, Context, Reply, stage
 from qlora_core.sources import Source
+from qlora_core.stages.kept_log import log_kept
 
 Subject = Literal["base", "tuned", "merged"]
 REPORT_FILE = "report.json"
@@ -113,7 +114,8 @@ def _ask(ctx: Context, job: AskJob, subject: Subject, questions: Questions) -> "
         ctx.progress.update(f"evaluate {subject}", replies.num_kept, total, reply.batch.kind)
 
     if ctx.crew is not None:
-        ctx.crew.ask(job, hear)
+        with log_kept(ctx, f"evaluate_{subject}"):
+            ctx.crew.ask(job, hear)
         return replies
     with open_interview(job, _device()) as interview:
         tell(interview.notes)

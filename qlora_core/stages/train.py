@@ -13,6 +13,7 @@ from qlora_core.artifacts import (
 from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
 from qlora_core.errors import StoreError
 from qlora_core.ports import Context, StepMetrics, TrainJob, stage
+from qlora_core.stages.kept_log import log_kept
 from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.incidents import history
 from qlora_core.training.journal import VALIDATIONS_FILE, CurvePoint, Tail, read_validations
@@ -53,7 +54,8 @@ def train_adapter(
     )
     validations = Tail(ctx.scratch / VALIDATIONS_FILE)
     try:
-        ctx.launcher.train(job, _listener(ctx, validations))
+        with log_kept(ctx, "train_adapter"):
+            ctx.launcher.train(job, _listener(ctx, validations))
     finally:  # of a training that they ended, too
         with suppress(StoreError):  # what ended it matters more
             ctx.tracker.set_tags(incident_tags(history(ctx.scratch)))

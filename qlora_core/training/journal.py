@@ -25,6 +25,8 @@ JOURNAL_FILE = "journal.jsonl"
 CURVE_FILE = "curve.jsonl"
 NOTES_FILE = "notes.txt"
 """What a person should know, one line each, in the scratch folder; it grows on the way."""
+LOG_FILE = "ray.log"
+"""In the scratch folder: what driver and workers say, where there are such."""
 VALIDATIONS_FILE = "validations.jsonl"
 """In the scratch folder: one `Validation` a line."""
 

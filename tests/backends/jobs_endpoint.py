@@ -1,5 +1,6 @@
 """A Ray Jobs endpoint without a Ray: the HTTP of it is real, jobs do what a test tells them to."""
 
+import itertools
 import json
 import re
 import shlex
@@ -10,13 +11,53 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from qlora_core.backends import ray_job_orders, ray_job_watch
 from qlora_core.backends.ray_job_order import JobOrder
+from qlora_core.backends.ray_job_patience import OutOfReachError
+from qlora_core.backends.replies import Replies
 from qlora_core.errors import QLoraError
+from qlora_core.ports import Batch, Reply
 from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.journal import JOURNAL_FILE, Journal
 from tests.training.steps import step_metrics
 
 LIVE = ("PENDING", "RUNNING")
+
+
+class CancelledError(Exception):
+    """What a run that is cancelled raises."""
+
+
+def hasten(monkeypatch) -> None:
+    """Let nobody pause for seconds, or send a token."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for name in ("_ASK_S", "_GRACE_S", "_SHARED_S", "_PAUSE_S"):
+        monkeypatch.setattr(ray_job_watch, name, 0.02)
+    monkeypatch.setattr(ray_job_orders, "_PAUSE_S", 0.02)
+
+
+def at_check(**actions: Callable[[], object]) -> Callable[[], None]:
+    """Return a check that does something when it is called for the n-th time: ``c5=...``."""
+    numbers = itertools.count(1)
+
+    def check() -> None:
+        actions.get(f"c{next(numbers)}", lambda: None)()
+
+    return check
+
+
+def raising(error: BaseException, number: int = 6) -> Callable[[], None]:
+    """Return a check that ends a run, if nothing else is said soon after its job was submitted."""
+
+    def end() -> None:
+        raise error
+
+    return at_check(**{f"c{number}": end})
+
+
+def death() -> Callable[[], None]:
+    """Return a check that ends a run as its process's death would, as far as a thread can."""
+    return raising(OutOfReachError("dead"))
 
 
 @dataclass
@@ -25,7 +66,11 @@ class Endpoint:
 
     token: str | None = None
     answers: int | None = None
-    """A status that every request is answered with."""
+    """A status that requests are answered with, and a text that is no JSON."""
+    answers_to: str = ""
+    """Only to requests that begin so, as `POST /api/jobs`."""
+    late_s: float | None = None
+    """A submission is answered with 504, and carried out so much later."""
     on_submit: Callable[[JobOrder], None] = lambda _: None
     jobs: dict[str, dict[str, str]] = field(default_factory=dict)
     orders: dict[str, JobOrder] = field(default_factory=dict)
@@ -63,6 +108,18 @@ class Endpoint:
         order.leave_answer(None)
         self.set(order.submission_id, "SUCCEEDED")
 
+    def reply(self, order: JobOrder, *numbers: int) -> None:
+        """Do what an evaluation does while it runs: answer batches of one row each."""
+        replies = Replies(order.spec.replies_file)
+        for number in numbers:
+            replies.keep(Reply(batch=Batch(kind="loss", numbers=(number,)), nats=(0.5,)))
+
+    def finish_asking(self, order: JobOrder, *numbers: int) -> None:
+        """Do what an evaluation does to the end."""
+        self.reply(order, *numbers)
+        order.leave_answer(None)
+        self.set(order.submission_id, "SUCCEEDED")
+
     def fail(self, order: JobOrder, error: QLoraError) -> None:
         order.leave_answer(error)
         self.set(order.submission_id, "FAILED")
@@ -77,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
         endpoint, length = self.endpoint, int(self.headers.get("Content-Length", 0))
         body = self.rfile.read(length)
         endpoint.asked.append(f"{self.command} {self.path}")
-        if endpoint.answers:
+        if endpoint.answers and endpoint.asked[-1].startswith(endpoint.answers_to):
             return self.reply(endpoint.answers, "Traceback:\n  RuntimeError: the head is away\n.")
         if (
             endpoint.token
@@ -104,6 +161,9 @@ class Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             if asked["submission_id"] in jobs:
                 return self.reply(500, "ValueError: Job already exists. Use a different id.\n.")
+            if endpoint.late_s is not None:
+                threading.Timer(endpoint.late_s, endpoint.submit, (asked,)).start()
+                return self.reply(504, "the upstream takes its time")
             endpoint.submit(asked)
             return self.reply(200, asked)
         if name not in jobs:

@@ -352,6 +352,26 @@ def test_passwords_are_written_nowhere(tmp_path, place, nowhere):
     assert b"***@" in (tmp_path / "store" / "mlflow.db").read_bytes()
 
 
+def test_a_text_is_kept_as_a_file_without_what_opens_doors(tmp_path, place, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "c4nary-of-ray")
+    monkeypatch.setenv("SOME_API_KEY", "1")
+    said = (
+        "1 worker, hf_abcdefghijklmnopqrstuv, token c4nary-of-ray,\n"
+        "Authorization: Bearer c4nary.of+http/==\nhttps://me:c4nary@host/ says \u00e9\n"
+    )
+    tracked = tracker(tmp_path, place)
+
+    tracked.log_text("logs/train_adapter.log", said)
+    run_id = finish(tracked)
+
+    kept = connect(place.tracking_uri).download_artifacts(run_id, "logs/train_adapter.log")
+    assert Path(kept).read_text("utf-8") == (
+        "1 worker, ***, token ***,\nAuthorization: Bearer ***\nhttps://***@host/ says \u00e9\n"
+    )
+    copies = [path for path in (tmp_path / "journal").rglob("*") if path.is_file()]
+    assert [path for path in copies if b"c4nary" in path.read_bytes()] == []
+
+
 def test_a_password_with_an_at_sign_is_masked_whole():
     assert mask_credentials("postgresql://me:p@ss@host/db") == "postgresql://***@host/db"
 

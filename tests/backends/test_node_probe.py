@@ -1,14 +1,18 @@
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import qlora_core
 from qlora_core.backends.node_probe import (
     NONCE_FILE,
+    Installation,
     Listing,
     NodeReport,
     Question,
+    gpus_here,
     list_folder,
     own_code,
     own_versions,
@@ -42,9 +46,8 @@ def test_a_node_with_the_same_store_finds_nothing_wrong_and_leaves_its_word(tmp_
     assert report.paths == ()
     assert report.trouble == ""
     assert (asked.meeting / "node-1").read_text() == "word"
-    assert report.free_bytes > 0
-    assert report.versions == own_versions()
-    assert report.code == own_code()
+    assert 0 < report.free_bytes < report.total_bytes
+    assert report.installed == Installation(versions=own_versions(), code=own_code())
 
 
 def test_a_store_that_is_another_disk_is_found_and_no_folder_is_made_there(tmp_path, base):
@@ -101,6 +104,23 @@ def test_question_and_report_travel_as_text(tmp_path, base):
     text = probe_plain(question(tmp_path, list_folder(base)).model_dump_json(), "node-1")
 
     assert NodeReport.model_validate_json(text).paths == ()
+
+
+def test_a_gpu_that_is_full_is_reported_beside_the_others_with_what_it_has(monkeypatch):
+    def free_and_total(number: int) -> tuple[int, int]:
+        if number == 0:
+            raise RuntimeError("CUDA error: out of memory\nFor debugging consider ...")
+        return 5, 80
+
+    sizes = SimpleNamespace(name="H100", major=9, minor=0, total_memory=80)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: sizes)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free_and_total)
+
+    full, other = gpus_here()
+
+    assert (full.total_bytes, full.free_bytes, full.trouble) == (80, 0, "CUDA error: out of memory")
+    assert (other.total_bytes, other.free_bytes, other.trouble) == (80, 5, "")
 
 
 def test_the_code_is_named_by_its_content_wherever_it_lies(tmp_path, monkeypatch):

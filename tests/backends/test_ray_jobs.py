@@ -1,23 +1,23 @@
 """Which job a flow submits, attaches to, takes for done, or stops; the cluster is scripted."""
 
-import itertools
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from qlora_core.backends import ray_job_watch
-from qlora_core.backends.ray_job_log import LogTeller, StepTeller
+from qlora_core.backends.node_probe import own_code
 from qlora_core.backends.ray_job_order import (
     found_last_word,
     last_word,
     order_file,
     submission_stem,
 )
-from qlora_core.backends.ray_job_watch import OutOfReachError
+from qlora_core.backends.ray_job_patience import OutOfReachError
 from qlora_core.backends.ray_jobs import RayJobsLauncher
+from qlora_core.backends.ray_voice import LogTeller, StepTeller
 from qlora_core.config import (
     AdapterConfig,
     ClusterConfig,
@@ -36,19 +36,21 @@ from qlora_core.errors import (
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.attempt import next_launch
 from qlora_core.training.incidents import history
-from tests.backends.jobs_endpoint import Endpoint, serving
+from tests.backends.jobs_endpoint import (
+    CancelledError,
+    Endpoint,
+    at_check,
+    death,
+    hasten,
+    raising,
+    serving,
+)
 from tests.training.steps import step_metrics
-
-
-class CancelledError(Exception):
-    """What a run that is cancelled raises."""
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    for name in ("_ASK_S", "_GRACE_S", "_SHARED_S", "_PAUSE_S"):
-        monkeypatch.setattr(ray_job_watch, name, 0.02)
+    hasten(monkeypatch)
 
 
 @pytest.fixture
@@ -87,30 +89,6 @@ class Flow:
     @property
     def numbers(self) -> list[int]:
         return [metrics.step for metrics in self.steps]
-
-
-def at_check(**actions: Callable[[], object]) -> Callable[[], None]:
-    """Return a check that does something when it is called for the n-th time: ``c5=...``."""
-    numbers = itertools.count(1)
-
-    def check() -> None:
-        actions.get(f"c{next(numbers)}", lambda: None)()
-
-    return check
-
-
-def raising(error: BaseException) -> Callable[[], None]:
-    """Return a check that ends a run soon after its job was submitted."""
-
-    def end() -> None:
-        raise error
-
-    return at_check(c6=end)
-
-
-def death() -> Callable[[], None]:
-    """Return a check that ends a run as its process's death would, as far as a thread can."""
-    return raising(OutOfReachError("dead"))
 
 
 def test_a_job_is_named_by_the_stages_key_and_apart_from_that_of_another_store(tmp_path):
@@ -276,17 +254,18 @@ def test_what_a_job_answers_is_raised_as_it_was_and_not_tried_again(endpoint, jo
 
 def test_an_error_that_a_worker_leaves_ends_the_job_at_once(endpoint, job):
     def leave(order) -> None:
-        error = ResourceError("too big")
         order.spec.error_file.write_text(
-            '{"type": "ResourceError", "what": "too big", "why": "", "fix": ""}'
+            '{"type": "ResourceError", "what": "too big", "why": "8 GB", "fix": "Shrink it."}'
         )
-        assert error.to_json()["what"] == "too big"
 
     endpoint.on_submit = leave
 
-    with pytest.raises(ResourceError, match="too big"):
+    with pytest.raises(ResourceError) as caught:
         Flow(endpoint).train(job)
 
+    error = caught.value
+    assert (error.what, error.why, error.fix) == ("too big", "8 GB", "Shrink it.")
+    assert len(endpoint.jobs) == 1, "it is not tried again"
     assert [known["status"] for known in endpoint.jobs.values()] == ["STOPPED"]
 
 
@@ -408,6 +387,108 @@ def test_an_endpoint_that_is_away_for_a_while_is_waited_for(endpoint, job):
     assert any("answers again" in sentence for sentence in flow.said)
 
 
+ODD = [429, 524, 403, 302, 404, 200]
+"""A limit, a proxy's timeout, a token that ran out, a login page, no backend, a page of HTML."""
+
+
+@pytest.mark.parametrize("answers", ODD)
+def test_an_odd_answer_while_a_job_runs_neither_stops_it_nor_starts_another(endpoint, job, answers):
+    endpoint.on_submit = lambda order: setattr(endpoint, "answers", answers)
+    back = at_check(
+        c6=lambda: setattr(endpoint, "answers", None),
+        c9=lambda: endpoint.finish(*endpoint.orders.values()),
+    )
+
+    flow = Flow(endpoint, check=back).train(job)
+
+    assert flow.numbers == [1, 2, 3]
+    assert len(endpoint.jobs) == 1
+    assert not [asked for asked in endpoint.asked if asked.endswith("/stop")]
+    assert sum("goes on meanwhile" in sentence for sentence in flow.said) == 1
+
+
+@pytest.mark.parametrize("answers", ODD)
+def test_an_endpoint_that_stays_odd_ends_the_flow_and_not_the_job(endpoint, job, answers):
+    endpoint.on_submit = lambda order: setattr(endpoint, "answers", answers)
+
+    with pytest.raises(OutOfReachError, match=r"it goes on\. Run again") as caught:
+        Flow(endpoint, patience_s=0.2).train(job)
+
+    assert caught.value.why, "what came instead of an answer"
+    assert [known["status"] for known in endpoint.jobs.values()] == ["RUNNING"]
+
+
+def test_a_list_of_jobs_that_cannot_be_had_is_waited_for_where_a_job_may_run(endpoint, job):
+    with pytest.raises(OutOfReachError):
+        Flow(endpoint, check=death()).train(job)
+    (order,) = endpoint.orders.values()
+    endpoint.answers, endpoint.answers_to = 403, "GET /api/jobs/"
+    back = at_check(
+        c2=lambda: setattr(endpoint, "answers", None), c4=lambda: endpoint.finish(order)
+    )
+
+    flow = Flow(endpoint, check=back).train(job)
+
+    assert flow.numbers == [1, 2, 3]
+    assert list(endpoint.jobs) == [order.submission_id]
+    assert any("answers again" in sentence for sentence in flow.said)
+
+
+def test_a_list_of_jobs_that_stays_out_of_reach_leaves_the_job_alone(endpoint, job):
+    with pytest.raises(OutOfReachError):
+        Flow(endpoint, check=death()).train(job)
+    endpoint.answers, endpoint.answers_to = 403, "GET /api/jobs/"
+
+    with pytest.raises(OutOfReachError, match="RAY_AUTH_TOKEN"):
+        Flow(endpoint, patience_s=0.1).train(job)
+
+    assert [known["status"] for known in endpoint.jobs.values()] == ["RUNNING"]
+
+
+def test_who_has_started_nothing_is_told_at_once_that_jobs_may_not_be_listed(endpoint, job):
+    endpoint.answers, endpoint.answers_to = 403, "GET /api/jobs/"
+
+    with pytest.raises(UserError, match="RAY_AUTH_TOKEN"):
+        Flow(endpoint).train(job)
+
+    assert endpoint.asked.count("GET /api/jobs/") == 1
+
+
+def test_cancelling_while_a_submission_is_on_its_way_stops_the_job_that_comes_of_it(endpoint, job):
+    endpoint.late_s = 0.5
+
+    with pytest.raises(CancelledError):
+        Flow(endpoint, check=raising(CancelledError(), number=2)).train(job)
+
+    assert [known["status"] for known in endpoint.jobs.values()] == ["STOPPED"]
+
+
+def test_a_submission_nobody_knows_the_outcome_of_is_told_with_what_to_do(
+    endpoint, job, monkeypatch
+):
+    monkeypatch.setattr(ray_job_watch, "STOP_S", 0.2)
+    endpoint.late_s = 60.0
+    flow = Flow(endpoint, check=raising(CancelledError(), number=2))
+
+    with pytest.raises(CancelledError):
+        flow.train(job)
+
+    name = submission_stem(job.scratch) + "0001"
+    assert "nobody knows whether that was heard" in flow.said[-1]
+    assert f"ray job stop {name} --address {endpoint.address}" in flow.said[-1]
+
+
+def test_a_submission_that_is_refused_leaves_nothing_to_stop(endpoint, job):
+    endpoint.answers, endpoint.answers_to = 403, "POST /api/jobs/"
+    flow = Flow(endpoint)
+
+    with pytest.raises(UserError, match="RAY_AUTH_TOKEN"):
+        flow.train(job)
+
+    assert endpoint.asked[-1] == "POST /api/jobs/"
+    assert flow.said == []
+
+
 def test_an_endpoint_that_stays_away_ends_the_flow_and_not_the_job(endpoint, job):
     endpoint.on_submit = lambda order: setattr(endpoint, "answers", 503)
 
@@ -416,6 +497,29 @@ def test_an_endpoint_that_stays_away_ends_the_flow_and_not_the_job(endpoint, job
 
     assert caught.value.is_transient
     assert [known["status"] for known in endpoint.jobs.values()] == ["RUNNING"]
+
+
+def test_who_attaches_is_told_the_end_of_what_the_job_said_while_nobody_looked(endpoint, job):
+    with pytest.raises(OutOfReachError):
+        Flow(endpoint, check=death()).train(job)
+    (order,) = endpoint.orders.values()
+    order.spec.log.write_text("".join(f"line {number}\n" for number in range(100)))
+
+    flow = Flow(endpoint, check=at_check(c3=lambda: endpoint.finish(order))).train(job)
+
+    (told,) = [sentence for sentence in flow.said if "line 99" in sentence]
+    assert told.startswith(f"the cluster said before (88 more lines in {order.spec.log}")
+    assert told.splitlines()[1:] == [f"line {number}" for number in range(88, 100)]
+
+
+def test_a_job_is_told_what_its_flow_imports(endpoint, job):
+    endpoint.on_submit = endpoint.finish
+
+    Flow(endpoint).train(job)
+
+    (order,) = endpoint.orders.values()
+    assert order.flow.versions["torch"] == torch.__version__
+    assert order.flow.code == own_code()
 
 
 def test_other_settings_are_said_to_count_later(endpoint, job):
@@ -467,7 +571,7 @@ def test_a_log_is_told_in_doses_its_end_in_full_and_nothing_of_before(tmp_path):
     teller.catch_up()
 
     assert said[0] == "the cluster says:\n(worker) one\nbroken \ufffd byte"
-    assert said[1].splitlines()[0] == f"the cluster says (988 more lines in {file}):"
+    assert said[1].splitlines()[0].startswith(f"the cluster says (988 more lines in {file}, ")
     assert said[1].splitlines()[-1] == "line 999"
     assert len(said) == 2
 

@@ -13,7 +13,7 @@ from qlora_core.backends.ray_address import is_jobs_endpoint
 from qlora_core.backends.ray_jobs_client import ClusterAwayError, JobsClient
 from qlora_core.backends.ray_package import package
 from qlora_core.errors import UserError
-from tests.backends.jobs_endpoint import Endpoint, serving
+from tests.backends.jobs_endpoint import Endpoint, Handler, serving
 
 TOKEN = "c4nary" * 10
 
@@ -122,6 +122,24 @@ def test_another_service_at_the_address_is_told(endpoint, answers):
 
     with pytest.raises(UserError, match="but no Ray Jobs endpoint"):
         client_of(endpoint).require_usable(patience_s=0)
+
+
+def test_a_job_that_only_a_proxy_cannot_find_is_not_taken_for_gone(endpoint):
+    endpoint.set("a", "RUNNING")
+    endpoint.answers = 404
+
+    with pytest.raises(UserError, match="but no Ray Jobs endpoint"):
+        client_of(endpoint).job("a")
+
+
+@pytest.mark.parametrize("said", ['{"detail": "slow down"}', '"ok"', "null"])
+def test_json_that_describes_no_job_is_another_services(endpoint, monkeypatch, said):
+    endpoint.set("a", "RUNNING")
+    monkeypatch.setattr(Handler, "route", lambda self, _: self.reply(200, said))
+
+    for ask in (client_of(endpoint).jobs, lambda: client_of(endpoint).job("a")):
+        with pytest.raises(UserError, match="but no Ray Jobs endpoint"):
+            ask()
 
 
 @pytest.mark.parametrize(

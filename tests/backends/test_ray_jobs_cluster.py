@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from qlora_core.backends import ray_jobs
 from qlora_core.backends.in_process import InProcessLauncher
+from qlora_core.backends.node_probe import own_installation
 from qlora_core.backends.ray_jobs import RayJobsLauncher
 from qlora_core.config import ClusterConfig, SnapshotConfig
-from qlora_core.errors import NotFiniteError, UserError
+from qlora_core.errors import ClusterError, NotFiniteError, UserError
 from qlora_core.fingerprint import file_digest, files_below
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.journal import JOURNAL_FILE, read_journal
@@ -27,6 +29,7 @@ LONG = {"epochs": 200, "heldout_every": None}
 IN_A_PROCESS = """
 import sys
 from pathlib import Path
+from qlora_core.backends.node_probe import own_installation
 from qlora_core.backends.ray_jobs import RayJobsLauncher
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.ports import TrainJob
@@ -150,6 +153,19 @@ def test_an_error_of_a_worker_arrives_as_what_it_is(head, broken_base, make_job)
         launcher_at(head, []).train(job, lambda _: None)
 
     assert list(head.jobs_of(job.scratch)) == ["0001", "0002"]  # once more, as its remedy is
+    wait_until(lambda: head.running() == [], timeout_s=15)
+
+
+def test_a_cluster_with_other_packages_than_the_flow_is_told_so(head, make_job, monkeypatch):
+    here = own_installation()
+    flow = here.model_copy(update={"versions": here.versions | {"peft": "0.1.0"}})
+    monkeypatch.setattr(ray_jobs, "own_installation", lambda: flow)
+    job = make_job("there")
+
+    with pytest.raises(ClusterError, match=r"peft is .*, the launcher's is 0\.1\.0"):
+        launcher_at(head, []).train(job, lambda _: None)
+
+    assert list(head.jobs_of(job.scratch)) == ["0001"]
     wait_until(lambda: head.running() == [], timeout_s=15)
 
 

@@ -20,31 +20,76 @@ ASK = """
 import json, sys
 import ray
 from qlora_core.backends.errands import training_errand
+from qlora_core.backends.node_probe import own_installation
 from qlora_core.backends.ray_preflight import require_ready
 from qlora_core.config import ClusterConfig
 from qlora_core.errors import QLoraError
 from qlora_core.ports import TrainJob
 
-address, job, answer_s = sys.argv[1:]
+address, job, answer_s, *torch = sys.argv[1:]
 cluster = ClusterConfig(address=address, workers=2)
 ray.init(address, log_to_driver=False)
+launcher = own_installation()
+if torch:
+    launcher = launcher.model_copy(update={"versions": launcher.versions | {"torch": torch[0]}})
 print("connected", ray.get_runtime_context().get_node_id(), flush=True)
 sys.stdin.readline()
 try:
     errand = training_errand(TrainJob.model_validate_json(job), cluster, 1, 0.0)
-    require_ready(cluster, errand, 1, 0.0, answer_s=float(answer_s))
+    require_ready(cluster, errand, 1, 0.0, launcher, answer_s=float(answer_s))
     print("{}")
 except QLoraError as error:
     print(json.dumps(error.to_json()))
+"""
+
+ASK_FOR_MEMORY = """
+import json, sys, time
+from pathlib import Path
+import ray
+from qlora_core.backends.errands import Errand, Needs
+from qlora_core.backends.node_probe import own_installation
+from qlora_core.backends.ray_preflight import require_ready
+from qlora_core.config import ClusterConfig
+from qlora_core.errors import QLoraError
+from qlora_core.modeling.machine import free_bytes, total_bytes
+
+address, scratch = sys.argv[1:]
+cluster = ClusterConfig(address=address, workers=1, gpus_per_worker=0)
+ray.init(address, log_to_driver=False)
+
+def answer(least_bytes):
+    errand = Errand(Path(scratch), (), "", lambda: Needs(least_bytes))
+    try:
+        require_ready(cluster, errand, 1, 0.0, own_installation())
+    except QLoraError as error:
+        return type(error).__name__
+    return "ready"
+
+in_all = total_bytes()
+taken = (free_bytes() + in_all) // 2  # more than is free, and less than there is
+answers = [answer(1), answer(taken), answer(2 * in_all)]
+
+@ray.remote(num_cpus=1)
+class Other:
+    def is_here(self):
+        return True
+
+other = Other.remote()
+ray.get(other.is_here.remote())
+deadline = time.monotonic() + 30
+while ray.available_resources().get("CPU", 0) and time.monotonic() < deadline:
+    time.sleep(0.1)
+print(json.dumps([*answers, answer(taken), answer(2 * in_all)]))
 """
 
 
 class Asking:
     """A process that is connected to the cluster, and asks its nodes when told."""
 
-    def __init__(self, nodes: RayCluster, job: TrainJob, answer_s: float) -> None:
+    def __init__(self, nodes: RayCluster, job: TrainJob, answer_s: float, *torch: str) -> None:
+        said = (nodes.address, job.model_dump_json(), str(answer_s), *torch)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", ASK, nodes.address, job.model_dump_json(), str(answer_s)],
+            [sys.executable, "-c", ASK, *said],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.own_node = self._process.stdout.readline().split()[1]
@@ -103,3 +148,26 @@ def test_nodes_that_are_ready_are_found_so_and_one_that_does_not_answer_is_named
     assert "it did not answer within 4 s" in str(error)
     assert asking.own_node[:8] not in str(error)
     assert seconds < 60, "it is not waited for until Ray gives it up"
+
+
+def test_memory_in_use_is_waited_for_and_no_matter_where_ray_has_given_the_node_away(tmp_path):
+    with ray_cluster() as nodes:
+        nodes.start_head()
+        asked = subprocess.run(
+            [sys.executable, "-c", ASK_FOR_MEMORY, nodes.address, str(tmp_path)],
+            capture_output=True, text=True, check=True, timeout=300,
+        )  # fmt: skip
+
+    idle, booked = ["ready", "NoRoomError", "ClusterError"], ["ready", "ClusterError"]
+    assert json.loads(asked.stdout.splitlines()[-1]) == idle + booked
+
+
+def test_every_node_the_drivers_too_is_compared_with_what_the_launcher_imports(make_job):
+    with ray_cluster() as nodes:
+        nodes.start_head()
+        nodes.add_node()
+        nodes.wait_for(2)
+        error = Asking(nodes, make_job(), 60, "1.0.0").error()
+
+    assert isinstance(error, ClusterError)
+    assert str(error).count("the launcher's is 1.0.0") == 2

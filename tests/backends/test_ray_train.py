@@ -8,17 +8,19 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from qlora_core.backends import process_session
+from qlora_core.backends import process_session, triage
 from qlora_core.backends.in_process import InProcessLauncher
 from qlora_core.backends.ray_address import require_ray
 from qlora_core.backends.ray_process import start_driver
 from qlora_core.backends.ray_train import RayTrainLauncher
 from qlora_core.config import ClusterConfig, SnapshotConfig
-from qlora_core.errors import NotFiniteError, QLoraError, ResourceError, UserError
+from qlora_core.errors import NoRoomError, NotFiniteError, QLoraError, ResourceError, UserError
+from qlora_core.modeling import machine
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.incidents import history
 from tests.backends.ray_nodes import free_port, ray_cluster
@@ -145,6 +147,7 @@ def test_ray_comes_up_before_there_is_a_job_and_is_used_for_it(make_job):
     assert drivers == {waiting}
     assert losses(steps) == pytest.approx(losses(alone), rel=1e-4)
     assert not any("lost" in sentence for sentence in said)
+    assert not any("the cluster says" in sentence for sentence in said), "it is nobody's cluster"
     assert (job.scratch / "ray.log").stat().st_size > 0
     assert ours() == []
 
@@ -233,18 +236,51 @@ def test_a_running_ray_is_used_where_an_address_is_given(make_job):
     port = free_port()
     with ray_cluster() as running:
         running.start_head(f"--ray-client-server-port={port}")
-        steps, _ = train_on_ray(make_job("ray"), workers=1, address=running.address)
+        steps, said = train_on_ray(make_job("ray"), workers=1, address=running.address)
         client = f"ray://127.0.0.1:{port}"
         require_ray(client, patience_s=90)  # that door opens later than the others
         through_client, _ = train_on_ray(make_job("client"), workers=1, address=client)
 
     assert losses(steps) == pytest.approx(losses(alone), rel=1e-4)
     assert losses(through_client) == losses(steps)
+    assert "the cluster says" in said
 
 
 def test_more_cores_than_the_machine_has_are_refused_at_once(make_job):
     with pytest.raises(ResourceError, match="do not fit"):
         train_on_ray(make_job(), workers=1, cpus_per_worker=100_000)
+
+
+def memory_is(monkeypatch, free_bytes: int, total_bytes: int) -> None:
+    """Let this machine have so much memory, and no swap."""
+    monkeypatch.setattr(machine, "free_bytes", lambda: free_bytes)
+    monkeypatch.setattr(machine, "total_bytes", lambda: total_bytes)
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=0))
+
+
+def test_a_machine_too_small_for_the_smallest_pass_starts_no_worker(monkeypatch, make_job):
+    job = make_job()
+    memory_is(monkeypatch, free_bytes=10**9 // 2, total_bytes=10**9 // 2)
+
+    with pytest.raises(ResourceError, match=r"finds 0\.50 GB of memory in all.* smallest pass"):
+        train_on_ray(job, workers=1)
+
+    assert history(job.scratch) == ()
+    assert not (job.scratch / "ray.log").exists()
+    assert ours() == []
+
+
+def test_memory_that_others_use_is_waited_for_a_while(monkeypatch, make_job):
+    monkeypatch.setattr(triage, "_ROOM_PAUSE_S", 0.0)
+    job, said = make_job(), []
+    memory_is(monkeypatch, free_bytes=10**9 // 2, total_bytes=8 * 10**9)
+    cluster = ClusterConfig(workers=1, wait_for_nodes_s=0)
+
+    with pytest.raises(NoRoomError, match=r"finds 0\.50 GB of memory free"):
+        RayTrainLauncher(cluster, SNAPSHOTS, said.append).train(job, pytest.fail)
+
+    assert [incident.kind for incident in history(job.scratch)] == ["no_room"] * 3
+    assert ours() == []
 
 
 def test_a_cluster_that_does_not_answer_is_told_at_once_and_for_good(monkeypatch, make_job):

@@ -11,9 +11,11 @@ from ray.train import ControllerError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from qlora_core.backends import ray_driver, ray_job_entry, ray_work
+from qlora_core.backends.node_probe import own_installation
 from qlora_core.backends.ray_job_order import JobOrder, found_last_word, order_file
 from qlora_core.backends.ray_killed import KillsNoted
-from qlora_core.backends.ray_work import outcome, shares, tell_of_idle_gpus
+from qlora_core.backends.ray_preflight import is_booked
+from qlora_core.backends.ray_work import await_room, outcome, shares, tell_of_idle_gpus
 from qlora_core.backends.ray_worker import RayHome, RaySpec, WorkerOrder, _is_preempted, _leave
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import (
@@ -158,7 +160,10 @@ def test_a_job_that_fails_says_why_in_its_log_too_where_no_file_may_arrive(
     def fail(_):
         raise error
 
-    order, file = JobOrder(cluster=ELSEWHERE, spec=spec), order_file(spec.job.scratch, spec.launch)
+    order, file = (
+        JobOrder(cluster=ELSEWHERE, spec=spec, flow=own_installation()),
+        order_file(spec.job.scratch, spec.launch),
+    )
     file.write_text(order.model_dump_json())
     monkeypatch.setattr(ray_job_entry, "_work", fail)
     monkeypatch.setattr(ray_job_entry, "_also_in", lambda _: nullcontext())
@@ -195,3 +200,50 @@ def test_what_a_worker_met_that_was_cut_off_does_not_end_its_successors(spec):
     claim(scratch, spec.launch, step=5)  # by those that came after it was cut off
     _leave(spec, error, before=0)
     assert not spec.error_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("free", "gpus", "expected"),
+    [
+        ({"CPU": 8.0, "GPU": 4.0}, 1.0, False),
+        ({"CPU": 8.0, "GPU": 3.5}, 1.0, True),
+        ({"CPU": 8.0}, 1.0, True),  # Ray leaves out what is used up
+        ({"CPU": 6.0, "GPU": 4.0}, 1.0, False),  # others compute on CPUs, and hold no GPU
+        ({"CPU": 6.0, "GPU": 4.0}, 0.0, True),
+        ({}, 0.0, True),
+    ],
+)
+def test_a_node_is_booked_where_ray_has_given_away_what_workers_compute_on(free, gpus, expected):
+    assert is_booked({"CPU": 8.0, "GPU": 4.0}, free, gpus) is expected
+
+
+def full_for(times: int):
+    """Return what finds room after so many times, and how often it was asked."""
+    asked = []
+
+    def require() -> None:
+        asked.append(len(asked))
+        if len(asked) <= times:
+            raise NoRoomError(f"full, the {len(asked)}. time", fix="Wait.")
+
+    return require, asked
+
+
+def test_a_cluster_that_others_use_is_asked_until_there_is_room_and_it_is_said_once():
+    require, asked = full_for(3)
+    said, pauses = [], []
+
+    await_room(require, 300.0, said.append, pauses.append)
+
+    assert len(asked) == 4
+    assert len(pauses) == 3
+    assert said == ["full, the 1. time Waiting 300 s for room. Wait."]
+
+
+def test_room_that_does_not_come_is_the_error_of_the_last_look():
+    require, asked = full_for(1000)
+
+    with pytest.raises(NoRoomError, match="full, the 1"):
+        await_room(require, 0.0, pytest.fail)
+
+    assert len(asked) == 1

@@ -27,7 +27,7 @@ from qlora_core.data.prepared import (
     write_prompts,
     write_split,
 )
-from qlora_core.errors import DataError, UserError
+from qlora_core.errors import DataError, LaunchError, UserError
 from qlora_core.evaluation import interview
 from qlora_core.evaluation.interview import open_interview
 from qlora_core.evaluation.records import read_records
@@ -39,6 +39,7 @@ from qlora_core.ports import Context, Reply, Services
 from qlora_core.sources import find_source
 from qlora_core.stages.evaluate import evaluate_model
 from qlora_core.store import Store
+from qlora_core.training.journal import LOG_FILE
 from tests.tiny import bring_own_code
 
 CONFIG = EvaluationConfig(
@@ -326,6 +327,23 @@ def test_who_replies_first_leaves_no_trace_in_the_report(tmp_path, made, subject
 
     for name in ("report.json", "rows.jsonl"):
         assert (crew / name).read_bytes() == (alone / name).read_bytes()
+
+
+def test_what_workers_said_of_an_evaluation_goes_with_the_run(tmp_path, made):
+    class Talking(ReversedCrew):
+        def ask(self, job, on_reply) -> None:
+            (job.scratch / LOG_FILE).write_text("(worker) something odd\n")
+            raise LaunchError("lost too often")
+
+    tracker, used = MemoryTracker(), (made["data"], made["base"], made["adapter"], None, ())
+    ctx = Context(
+        tmp_path, tmp_path, tracker, MemoryRegistry(), launcher=None,
+        progress=RecordingProgress(), crew=Talking(),
+    )  # fmt: skip
+    with pytest.raises(LaunchError):
+        evaluate_model(ctx, CONFIG, *used)
+
+    assert tracker.texts == {"logs/evaluate_tuned.log": "(worker) something odd\n"}
 
 
 @pytest.mark.parametrize("crew", [None, ReversedCrew()], ids=["here", "crew"])

@@ -1,4 +1,5 @@
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -18,10 +19,11 @@ from qlora_core.errors import LaunchError
 from qlora_core.fingerprint import file_digest, files_below
 from qlora_core.modeling.loading import load_base
 from qlora_core.ports import Services
+from qlora_core.stages.kept_log import shortened
 from qlora_core.stages.train import train_adapter
 from qlora_core.store import Store
 from qlora_core.training.incidents import note
-from qlora_core.training.journal import VALIDATIONS_FILE, Validation, read_curve
+from qlora_core.training.journal import LOG_FILE, VALIDATIONS_FILE, Validation, read_curve
 from tests.training.conftest import SMALL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,6 +146,41 @@ def test_what_went_wrong_is_tracked_of_a_training_that_failed(base, data, tmp_pa
         produce(tmp_path, base, data, used)
 
     assert used.tracker.tags == {"qloraflow.incidents": "Lost driver: It is gone. Again."}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_workers_said_goes_with_the_run_however_training_ends(base, data, tmp_path, fails):
+    class Talking(InProcessLauncher):
+        def train(self, job, on_step) -> None:
+            (job.scratch / LOG_FILE).write_text("(worker) something odd\n")
+            if fails:
+                raise LaunchError("lost too often")
+            super().train(job, on_step)
+
+    used = replace(services(), launcher=Talking(SnapshotConfig()))
+    with pytest.raises(LaunchError) if fails else nullcontext():
+        produce(tmp_path, base, data, used)
+
+    assert used.tracker.texts == {"logs/train_adapter.log": "(worker) something odd\n"}
+    assert bool(list(tmp_path.rglob(LOG_FILE))) is fails, "a sealed adapter has no scratch folder"
+
+
+def test_a_training_without_a_log_tracks_none(base, data, tmp_path):
+    used = services()
+
+    produce(tmp_path, base, data, used)
+
+    assert used.tracker.texts == {}
+
+
+def test_of_a_long_log_beginning_and_end_are_kept_and_the_rest_is_counted(tmp_path):
+    (tmp_path / "log").write_text("a" * 10 + "b" * 7 + "c" * 10)
+    (tmp_path / "short").write_text("a" * 10 + "c" * 10)
+
+    assert shortened(tmp_path / "short", 10) == "a" * 10 + "c" * 10
+    assert shortened(tmp_path / "log", 10) == (
+        "a" * 10 + "\n[... 7 bytes left out ...]\n" + "c" * 10
+    )
 
 
 def test_peft_reads_the_adapter(base, data, tmp_path):

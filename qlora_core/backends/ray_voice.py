@@ -1,0 +1,185 @@
+"""What workers on Ray say, passed on to a person: every step, notes at once, their log in doses.
+
+Driver or job write the log to the store, so following it needs no connection. A worker that prints
+a line for each of a million warnings must not fill Prefect's database; so what came within some
+seconds is told at once, its end in full. All of it goes with the tracked run (`stages.kept_log`):
+the scratch folder it lies in is gone once the stage is sealed.
+"""
+
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from qlora_core.ports import StepMetrics, TrainJob
+from qlora_core.training.journal import JOURNAL_FILE, LOG_FILE, NOTES_FILE, StepTail, Tail
+
+_EVERY_S = 10.0
+_NUM_LINES = 12
+_WIDTH = 240
+_PROGRESS_S = 60.0
+_COLORS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+@dataclass
+class LogTeller:
+    """Follows a log; what it held before is told only if asked for, and of that the end."""
+
+    path: Path
+    say: Callable[[str], None]
+    every_s: float = _EVERY_S
+    _tail: Tail = field(init=False)
+    _before: "deque[str]" = field(init=False)
+    _num_before: int = field(default=0, init=False)
+    _kept: "deque[str]" = field(init=False)
+    _num_new: int = field(default=0, init=False)
+    _told_at: float = field(default_factory=time.monotonic, init=False)
+
+    def __post_init__(self) -> None:
+        self._tail = Tail(self.path)
+        self._before, self._kept = deque(maxlen=_NUM_LINES), deque(maxlen=_NUM_LINES)
+        for line in self._plain_lines():
+            self._before.append(line)
+            self._num_before += 1
+
+    def recall(self) -> None:
+        """Tell the end of what it held before: of a job that went on while nobody looked."""
+        if self._before:
+            left_out = self._num_before - len(self._before)
+            self.say("\n".join([self._opening("said before", left_out), *self._before]))
+            self._before.clear()
+
+    def catch_up(self, *, is_end: bool = False) -> None:
+        """Read on; tell what there is, unless something was told a moment ago."""
+        for line in self._plain_lines():
+            self._kept.append(line)
+            self._num_new += 1
+        if self._num_new and (is_end or time.monotonic() - self._told_at >= self.every_s):
+            left_out = self._num_new - len(self._kept)
+            self.say("\n".join([self._opening("says", left_out), *self._kept]))
+            self._kept.clear()
+            self._num_new, self._told_at = 0, time.monotonic()
+
+    def _plain_lines(self) -> Iterator[str]:
+        for line in self._tail.lines():
+            if plain := _COLORS.sub("", line).strip():
+                yield plain if len(plain) <= _WIDTH else plain[:_WIDTH] + " ..."
+
+    def _opening(self, verb: str, left_out: int) -> str:
+        more = f" ({left_out} more lines in {self.path}, later among the run's logs in MLflow)"
+        return f"the cluster {verb}{more if left_out else ''}:"
+
+
+@dataclass
+class StepTeller:
+    """Passes every step on, and says now and then how far training is."""
+
+    on_step: Callable[[StepMetrics], None]
+    say: Callable[[str], None]
+    every_s: float = _PROGRESS_S
+    heard_at: float = field(default_factory=time.monotonic, init=False)
+    """When the last step came; at first, when listening began."""
+    _told_at: float = field(default_factory=time.monotonic, init=False)
+
+    def __call__(self, metrics: StepMetrics) -> None:
+        """Take one step."""
+        self.heard_at = time.monotonic()
+        self.on_step(metrics)
+        if self.heard_at - self._told_at >= self.every_s:
+            self._told_at = self.heard_at
+            self.say(f"step {metrics.step} of {metrics.num_steps}, loss {metrics.loss:.4f}")
+
+
+class Voice(Protocol):
+    """All that a job writes down."""
+
+    @property
+    def heard_at(self) -> float:
+        """When the job last got on, by this process's monotonic clock."""
+
+    def catch_up(self, *, is_end: bool = False) -> None:
+        """Pass on what is new; at the end, what was kept back, too."""
+
+    def recall(self) -> None:
+        """Tell the end of what was said before anybody listened, once."""
+
+
+@dataclass
+class StepFollower:
+    """Passes on what the workers of a training write down."""
+
+    steps: StepTail
+    notes: Tail
+    on_step: Callable[[StepMetrics], None]
+    say: Callable[[str], None]
+    last_step: int | None = None
+
+    @classmethod
+    def of(
+        cls, job: TrainJob, on_step: Callable[[StepMetrics], None], say: Callable[[str], None]
+    ) -> "StepFollower":
+        """Listen to ``job``: all of its steps, and of its notes what comes from now on."""
+        notes = Tail(job.scratch / NOTES_FILE)
+        list(notes.lines())  # what earlier runs said was told then
+        return cls(StepTail(job.scratch / JOURNAL_FILE), notes, on_step, say)
+
+    def catch_up(self) -> None:
+        """Pass on what is new."""
+        for note in self.notes.lines():
+            self.say(note)
+        for metrics in self.steps.steps():
+            self.on_step(metrics)
+            self.last_step = metrics.step
+
+
+@dataclass
+class TrainingVoice:
+    """All that a training on Ray writes down, from each of its attempts in turn."""
+
+    follower: StepFollower
+    log: LogTeller
+    steps: StepTeller
+
+    @classmethod
+    def of(
+        cls,
+        job: TrainJob,
+        on_step: Callable[[StepMetrics], None],
+        say: Callable[[str], None],
+        aside: Callable[[str], None],
+    ) -> "TrainingVoice":
+        """Listen to ``job``: all of its steps, and of notes and log what comes from now on.
+
+        Args:
+            job: That is trained.
+            on_step: Told every step.
+            say: Told what a person should know.
+            aside: Told what workers say beside that, and now and then how far training is.
+        """
+        steps = StepTeller(on_step, aside)
+        follower = StepFollower.of(job, steps, say)
+        return cls(follower, LogTeller(job.scratch / LOG_FILE, aside), steps)
+
+    @property
+    def heard_at(self) -> float:
+        """When the last step came."""
+        return self.steps.heard_at
+
+    def catch_up(self, *, is_end: bool = False) -> None:
+        """Pass on what is new."""
+        self.follower.catch_up()
+        self.log.catch_up(is_end=is_end)
+
+    def recall(self) -> None:
+        """Tell the end of the log as it was."""
+        self.log.recall()
+
+
+def last_lines(path: Path, count: int = 15) -> str:
+    """Return the end of a log."""
+    if not path.exists():
+        return ""
+    return "\n".join(path.read_text("utf-8", errors="replace").splitlines()[-count:])
