@@ -20,7 +20,7 @@ from qlora_core.evaluation.likelihood import MAX_LOGITS
 from qlora_core.evaluation.questions import Questions
 from qlora_core.modeling.dtypes import DtypeName, compute_dtype_name, torch_dtype
 from qlora_core.modeling.hosted import BaseNeeds, BasePlace, choose_place, hosted_note
-from qlora_core.modeling.loading import load_saved_config
+from qlora_core.modeling.loading import brings_code, load_saved_config
 from qlora_core.modeling.lora import SavedAdapter, look_at_adapter
 from qlora_core.modeling.machine import free_bytes, gpu_bytes
 from qlora_core.modeling.memory import USABLE, MemoryEstimate, adapter_sizes
@@ -77,7 +77,7 @@ def needs_of(job: AskJob, questions: Questions) -> BaseNeeds | None:
     Raises:
         ArtifactError: Its configuration, or the adapter, cannot be read.
     """
-    if any((job.model / "model").glob("*.py")):
+    if brings_code(job.model):
         return None
     config = load_saved_config(job.model)
     quantization = stored_quantization(config)
