@@ -5,7 +5,7 @@ each. Pure: what nodes report is held against what is wanted; `ray_preflight` as
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_core.artifacts import Frozen
@@ -61,6 +61,7 @@ def readiness_error(nodes: list[Node], address: str) -> QLoraError | None:
         nodes: All that were asked.
         address: Of the cluster.
     """
+    nodes = _with_hosts_for_all(nodes)
     problems = [f"node {node.name}: {sentence}" for node in nodes for sentence in _problems(node)]
     if not problems:
         return None
@@ -71,6 +72,20 @@ def readiness_error(nodes: list[Node], address: str) -> QLoraError | None:
             fix="Look at those nodes (`ray status`), or take them out of the cluster.",
         )
     return ClusterError.of(problems, f"the cluster at {address} is not ready for this run")
+
+
+def _with_hosts_for_all(nodes: list[Node]) -> list[Node]:
+    """Return the nodes, each wanting of its host what the GPUs of all of them make it want."""
+    gpus_bytes = [
+        _free_for_worker(node.report, node.wanted)[0] or 0
+        for node in nodes
+        if node.report is not None and node.wanted.num_workers
+    ]
+    found = []
+    for node in nodes:
+        host = node.wanted.host and node.wanted.host.for_all(gpus_bytes)
+        found.append(replace(node, wanted=node.wanted.model_copy(update={"host": host})))
+    return found
 
 
 def _problems(node: Node) -> Iterator[str]:
