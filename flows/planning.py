@@ -91,9 +91,7 @@ def make_plan(config: RunConfig, gpu_gb: float | None = None) -> Plan:
     trusts_code = config.model.trust_remote_code
     made = plan_run(
         config,
-        shape=shape_of(
-            model_config, lookup.quantization, config.adapter, trusts_code=trusts_code
-        ),
+        shape=shape_of(model_config, lookup.quantization, config.adapter, trusts_code=trusts_code),
         device=device_of(config, gpu_gb),
         is_cached=lambda role: _is_cached(known, role),
         prepared=data.facts if data and isinstance(data.facts, PreparedDataset) else None,

@@ -181,9 +181,7 @@ class LossFunction:
             self.notes.append("With dropout, what rows begin with is computed for each of them.")
 
     @torch.no_grad()
-    def _difference(
-        self, rows: Rows, chunk: Indices, device: torch.device, trial: Trial
-    ) -> str:
+    def _difference(self, rows: Rows, chunk: Indices, device: torch.device, trial: Trial) -> str:
         """Return what is wrong with packed logits; nothing if they are right."""
         padded = collate(rows, chunk, device)
         expected_KV = trial.run(lambda: self._logits(padded, _some(padded.kept_K))).float()

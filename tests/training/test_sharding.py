@@ -20,10 +20,10 @@ from qlora_core.config import (
     SnapshotConfig,
     TrainingConfig,
 )
+from qlora_core.data.prepared import IGNORED, TokenRow, read_split, write_split
 from qlora_core.errors import ConfigError, ModelError, ResourceError
 from qlora_core.modeling.parts import load_in_parts
 from qlora_core.modeling.sharding import ShardedBase, blocks_of
-from qlora_core.data.prepared import IGNORED, TokenRow, read_split, write_split
 from qlora_core.ports import TrainJob
 from qlora_core.training import placing, worker
 from qlora_core.training.batching import deal
@@ -381,7 +381,7 @@ def test_auto_leaves_a_base_that_does_not_fit_with_its_host_and_one_that_fits_on
     def found(memory):
         return place(make_job, WITH_HOST, monkeypatch, memory, world, "cuda")
 
-    tight, notes = found(10**6)
+    tight, notes = found(10**5)
     roomy, (left_out,) = found(10**12)
 
     assert (tight.is_sharded, tight.is_offloaded) == (True, True)
