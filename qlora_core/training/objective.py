@@ -161,7 +161,7 @@ class LossFunction:
             self.model.eval()
             if why := self._difference(rows, tried, device, trial):
                 failure = FailedTryError(why)
-        except (CollectiveError, ResourceError):  # all wait, or there is nobody left
+        except (CollectiveError, ResourceError):  # nobody is left to agree with
             raise
         except Exception as error:  # whatever an architecture objects to, padding serves it
             failure = FailedTryError.of(error)
