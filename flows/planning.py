@@ -78,7 +78,8 @@ def make_plan(config: RunConfig, gpu_gb: float | None = None) -> Plan:
 
     Raises:
         UserError: The recipe points at something that is not there, or not a causal model; or its
-            first rows and the model's tokenizer do not go together.
+            first rows and the model's tokenizer do not go together; or code that the model brings
+            cannot be counted.
         ResourceError: It asks for more workers than this machine holds.
     """
     require_workers(config)
@@ -87,15 +88,17 @@ def make_plan(config: RunConfig, gpu_gb: float | None = None) -> Plan:
     known = _look_up(lookup)
     data = known.get("data")
     model_config = load_config(config.model, lookup.sources.model)
+    trusts_code = config.model.trust_remote_code
     made = plan_run(
         config,
-        shape=shape_of(model_config, lookup.quantization, config.adapter),
+        shape=shape_of(model_config, lookup.quantization, config.adapter, trusts_code=trusts_code),
         device=device_of(config, gpu_gb),
         is_cached=lambda role: _is_cached(known, role),
         prepared=data.facts if data and isinstance(data.facts, PreparedDataset) else None,
         rows=read_split(data.path, "train") if data else None,
         num_cores=_cores(config),
         raw=_raw_size(lookup.sources.dataset.path),
+        brings_code=trusts_code and bool(getattr(model_config, "auto_map", None)),
     )
     is_elsewhere = gpu_gb is None and places.cluster(config).address is not None
     return made.model_copy(update={"notes": (*made.notes, *([_ELSEWHERE] * is_elsewhere))})

@@ -16,8 +16,9 @@ def strategies_table(needs: Sequence[StrategyNeed], device: Device) -> Table:
     """Return a table with a column for each strategy."""
     unit, unit_bytes = unit_of(min(need.estimate.total for need in needs))
     num_workers = needs[0].num_workers
+    of_whom = f"One of {num_workers} workers" if num_workers > 1 else "The worker"
     table = Table(
-        title=f"One of {num_workers} workers, by cluster.strategy [{unit}]",
+        title=f"{of_whom}, by cluster.strategy [{unit}]",
         caption=f"{size(device.memory_bytes)} on {device.name}; without weights kept dequantised",
         box=box.SIMPLE_HEAD,
         title_justify="left",
@@ -32,6 +33,9 @@ def strategies_table(needs: Sequence[StrategyNeed], device: Device) -> Table:
             table.add_row(name, *(f"{column[name] / unit_bytes:.3f}" for column in columns))
     totals = (f"{need.estimate.total / unit_bytes:.3f}" for need in needs)
     table.add_row("total", *totals, style="bold")
+    if any(need.host_bytes for need in needs):
+        pinned = (f"{need.host_bytes / unit_bytes:.3f}" for need in needs)
+        table.add_row("host's memory", *pinned)
     table.add_row("rows of a pass", *(str(need.num_rows) for need in needs))
     table.add_row("recomputed", *(need.recompute for need in needs))
     table.add_row("fits", *("[green]yes[/]" if n.fits else "[red]no[/]" for n in needs))

@@ -349,8 +349,9 @@ class ClusterConfig(Runtime):
     (`fsdp`), put together layer by layer; `auto` divides it only if it does not fit otherwise. The
     result is the same."""
     offload_base: bool = False
-    """With `fsdp` on GPUs: parts of the base lie in the hosts' memory. Evaluation keeps a 4-bit
-    base there, too; without this it does so where the base does not fit on the GPU."""
+    """On GPUs, where the base is divided (`fsdp`, or `auto` where it does not fit whole): its parts
+    lie in the hosts' memory, all of it if there is one worker. Evaluation keeps a 4-bit base there,
+    too; without this it does so where the base does not fit on the GPU."""
     resize_every_s: float = Field(60.0, gt=0)
     """With a range of workers: how often more of them may join, which pauses training."""
     cpus_per_worker: int | None = Field(None, gt=0)

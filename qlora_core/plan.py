@@ -23,10 +23,19 @@ from qlora_core.modeling.memory import (
     estimate_full,
     estimate_lora,
 )
+from qlora_core.modeling.parts import obstacle_to_parts
 from qlora_core.modeling.shape import Shape
 from qlora_core.training.batching import plan_training
 from qlora_core.training.room import Demand, Room, find_room
-from qlora_core.training.strategies import StrategyNeed, is_sharded, strategy_needs
+from qlora_core.training.strategies import (
+    StrategyNeed,
+    chosen,
+    idle_offload_note,
+    own_code_note,
+    parts_note,
+    strategy_needs,
+    without_counting,
+)
 
 Role = Literal[
     "data",
@@ -135,6 +144,7 @@ def plan_run(
     rows: Rows | None = None,
     raw: RawSize | None = None,
     num_cores: int = 1,
+    brings_code: bool = False,
 ) -> Plan:
     """Say what a recipe will do.
 
@@ -149,14 +159,15 @@ def plan_run(
             then, else it is taken to be as large as it may be.
         raw: Size of the dataset's file, if it is one.
         num_cores: Of one worker.
+        brings_code: The model comes with code of its own, which workers do not count.
     """
     training = training_size(config, prepared, raw)
     demand = _demand(config, training, device, shape, rows, num_cores)
     memory_bytes = device.memory_bytes // _sharing(config, device)
-    needs, divided = strategy_needs(demand, memory_bytes), []
-    if is_sharded(config.cluster, needs):
+    needs = strategy_needs(demand, memory_bytes)
+    best = chosen(without_counting(config.cluster) if brings_code else config.cluster, needs)
+    if best.strategy == "fsdp":
         demand = replace(demand, is_sharded=True, num_lanes=1)
-        divided = [f"The base lies in {demand.world_size} parts (cluster.strategy)."]
     room = find_room(demand, memory_bytes)
     return Plan(
         name=config.name,
@@ -170,7 +181,8 @@ def plan_run(
         strategies=needs,
         notes=(
             *_notes(training),
-            *divided,
+            *_training_place_notes(config, needs, best, brings_code=brings_code),
+            *_offload_notes(config, best, device),
             *room.notes(config.training),
             *_asking_notes(config, shape, device, demand.max_length),
         ),
@@ -202,14 +214,18 @@ def plan_shape(config: RunConfig, *, model: str, shape: Shape, device: Device) -
     """
     demand = _demand(config, None, device, shape, None, num_cores=1)
     needs = strategy_needs(demand, device.memory_bytes // _sharing(config, device))
+    best = chosen(config.cluster, needs)
     return ShapePlan(
         model=model,
         shape=shape,
         device=device,
         max_length=config.dataset.max_length,
         strategies=needs,
-        chosen="fsdp" if is_sharded(config.cluster, needs) else "ddp",
-        notes=tuple(_asking_notes(config, shape, device, demand.max_length)),
+        chosen=best.strategy,
+        notes=(
+            *_offload_notes(config, best, device),
+            *_asking_notes(config, shape, device, demand.max_length),
+        ),
     )
 
 
@@ -320,6 +336,25 @@ def _estimates(config: RunConfig, shape: Shape, room: Room) -> tuple[MemoryEstim
         estimate_lora(shape, config.adapter, config.training, room.workload),
         estimate_full(shape, room.workload),
     )
+
+
+def _training_place_notes(
+    config: RunConfig, needs: tuple[StrategyNeed, ...], best: StrategyNeed, *, brings_code: bool
+) -> list[str]:
+    """Return what workers will say of where the base lies."""
+    if best.strategy == "fsdp":
+        is_offloaded = bool(best.host_bytes)
+        return [parts_note(best.num_workers, "cluster.strategy", is_offloaded=is_offloaded)]
+    is_left = brings_code and config.cluster.strategy == "auto" and len(needs) > 1
+    return [own_code_note()] if is_left else []
+
+
+def _offload_notes(config: RunConfig, best: StrategyNeed, device: Device) -> list[str]:
+    if not config.cluster.offload_base or best.host_bytes:
+        return []
+    obstacle = obstacle_to_parts(config.quantization.method, is_dora=config.adapter.dora)
+    has_host = device.kind == "cuda"
+    return [idle_offload_note(config.cluster.strategy, has_host=has_host, obstacle=obstacle)]
 
 
 def _asking_notes(config: RunConfig, shape: Shape, device: Device, longest: int) -> list[str]:

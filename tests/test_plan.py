@@ -314,6 +314,76 @@ def test_parts_in_the_hosts_memory_let_a_70b_model_fit_two_small_gpus():
     assert fits(offload_base=True)
 
 
+def shape_plan(size: str, gpu_gb: float, **cluster: object) -> ShapePlan:
+    config = recipe(cluster=cluster, merge={"enabled": False})
+    shape = shape_of(published_config(size), config.quantization, config.adapter)
+    gpu = H100.model_copy(update={"memory_bytes": int(gpu_gb * 10**9)})
+    return plan_shape(config, model=size, shape=shape, device=gpu)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "chosen"), [("auto", "fsdp"), ("fsdp", "fsdp"), ("ddp", "ddp")]
+)
+def test_a_worker_alone_whose_gpu_is_too_small_leaves_the_base_with_its_host(strategy, chosen):
+    made = shape_plan("70b", 24, workers=1, strategy=strategy, offload_base=True)
+
+    ddp, fsdp = made.strategies
+    assert (ddp.fits, fsdp.fits) == (False, True)
+    assert made.chosen == chosen
+    left_out = [note for note in made.notes if "left out in training" in note]
+    assert len(left_out) == (chosen == "ddp")
+
+
+def test_a_plan_says_where_offloading_a_base_has_no_effect():
+    def said(device=H100, **parts) -> str:
+        made = plan(recipe(cluster={"workers": 2, "offload_base": True} | parts), device=device)
+        return " ".join(note for note in made.notes if "left out in training" in note)
+
+    assert "lies whole on each GPU" in said()
+    assert "a CPU has no host" in said(device=CPU)
+    assert said(strategy="fsdp") == ""
+    made = plan(recipe(cluster={"offload_base": True, "strategy": "fsdp"}))
+    assert "The base lies in the host's memory (cluster.strategy)." in made.notes
+    assert made.memory[0].weights == 0
+
+
+def test_the_hosts_memory_of_an_offloaded_base_is_counted_as_torch_pins_it():
+    ddp, fsdp = shape_plan("405b", 80, workers=8, strategy="fsdp", offload_base=True).strategies
+    kept = shape_plan("405b", 80, workers=8).strategies[1]
+
+    part = kept.estimate.weights / 126  # of each block
+    assert fsdp.host_bytes == 126 * 2**28 > kept.estimate.weights > 126 * 2**27
+    assert ddp.host_bytes == kept.host_bytes == 0
+    # a worker's part is on the GPU before it is sent to the others
+    assert fsdp.estimate.gathered - kept.estimate.gathered == part
+    alone = shape_plan("405b", 80, workers=1, strategy="fsdp", offload_base=True).strategies[1]
+    assert alone.estimate.gathered == pytest.approx(kept.estimate.gathered, rel=1e-6)
+
+
+def test_a_plan_says_what_evaluation_takes_of_a_node_with_all_workers():
+    (eight,), (one,) = (shape_plan("405b", 80, workers=n).notes for n in (8, 1))
+
+    assert f"{8 * 126 * 2**31 / 1e9:.2f} GB if all 8 share a node" in eight
+    assert "share a node" not in one
+    assert f"{126 * 2**31 / 1e9:.2f} GB" in one
+
+
+def test_of_a_model_that_brings_its_own_code_auto_leaves_the_base_whole_and_the_plan_says_so():
+    small = H100.model_copy(update={"memory_bytes": int(6.3 * 10**9)})
+
+    def made(strategy: str) -> Plan:
+        config = recipe(cluster={"workers": 4, "strategy": strategy})
+        shape = shape_of(LLAMA_8B, config.quantization, config.adapter)
+        return plan_run(
+            config, shape=shape, device=small, is_cached=lambda role: False, brings_code=True
+        )
+
+    assert not made("auto").memory[0].gathered
+    assert any("fsdp divides it" in note for note in made("auto").notes)
+    assert made("fsdp").memory[0].gathered
+    assert not any("own code" in note for note in made("fsdp").notes)
+
+
 @pytest.mark.parametrize(
     ("size", "gpu_gb", "said"),
     [

@@ -6,13 +6,18 @@ counted on the model's skeleton, as `qlora plan` does; what is not known before 
 smallest pass cannot fit, and what is tight is left to the worker, who finds its way or says so.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlora_core.backends.host_room import HostNeed
 from qlora_core.config import ClusterConfig
 from qlora_core.ports import AskJob, TrainJob
+
+if TYPE_CHECKING:
+    from qlora_core.training.strategies import StrategyNeed
 
 _SMALLER_QUESTIONS = "Try a lower evaluation.batch_size or evaluation.max_new_tokens."
 
@@ -24,7 +29,7 @@ class Needs:
     least_bytes: int | None
     """Of its GPU's memory, or of the machine's without one; none: only loading the model tells."""
     host: HostNeed | None = None
-    """Of the machine's, beside a GPU that does not hold the base."""
+    """Of the machine's, beside a GPU that does not hold the base, or not all of it."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def training_errand(job: TrainJob, cluster: ClusterConfig, cpus: int, gpus: floa
     from qlora_core.training.room import SMALLER
 
     def needs() -> Needs:
-        return Needs(_least_of_training(job, cluster, cpus, "cuda" if gpus else "cpu"))
+        return _needs_of_training(job, cluster, cpus, "cuda" if gpus else "cpu")
 
     return Errand(
         scratch=job.scratch,
@@ -96,22 +101,20 @@ def _needs_of_base(job: AskJob) -> Needs | None:
     return Needs(least, HostNeed(size_bytes=found.host_bytes, enough_gpu_bytes=enough))
 
 
-def _least_of_training(job: TrainJob, cluster: ClusterConfig, cpus: int, device: str) -> int | None:
-    from transformers import AutoConfig
-
+def _needs_of_training(job: TrainJob, cluster: ClusterConfig, cpus: int, device: str) -> Needs:
     from qlora_core.data.prepared import read_split
     from qlora_core.modeling.dtypes import compute_dtype_name
+    from qlora_core.modeling.loading import brings_code, load_saved_config
     from qlora_core.modeling.shape import shape_of
     from qlora_core.training.batching import plan_training
     from qlora_core.training.room import Demand
-    from qlora_core.training.strategies import strategy_needs
+    from qlora_core.training.strategies import choices, strategy_needs
 
-    folder, is_gpu = job.base / "model", device == "cuda"
-    if any(folder.glob("*.py")):
-        return None  # a model that brings code is built by workers alone
-    rows = read_split(job.data, "train")
+    if brings_code(job.base):
+        return Needs(None)  # it is built by workers alone
+    rows, is_gpu = read_split(job.data, "train"), device == "cuda"
     demand = Demand(
-        shape=shape_of(AutoConfig.from_pretrained(folder), job.quantization, job.adapter),
+        shape=shape_of(load_saved_config(job.base), job.quantization, job.adapter),
         quantization=job.quantization,
         adapter=job.adapter,
         training=job.training,
@@ -123,5 +126,18 @@ def _least_of_training(job: TrainJob, cluster: ClusterConfig, cpus: int, device:
         shares_prefix=not is_gpu and not job.adapter.dropout,
         offloads_base=cluster.offload_base and is_gpu,
     )
-    needs = {need.strategy: need.estimate.total for need in strategy_needs(demand, memory_bytes=0)}
-    return min(needs.values()) if cluster.strategy == "auto" else needs.get(cluster.strategy)
+    among = choices(cluster, strategy_needs(demand, memory_bytes=0))
+    return Needs(min(need.estimate.total for need in among), _host_of_training(among))
+
+
+def _host_of_training(among: "tuple[StrategyNeed, ...]") -> HostNeed | None:
+    """Return what a host has to hold, unless its GPUs let workers choose otherwise."""
+    from qlora_core.modeling.memory import USABLE
+
+    *whole, last = among
+    if not last.host_bytes:
+        return None
+    enough = math.ceil(whole[0].estimate.total / USABLE) if whole else None
+    return HostNeed(
+        size_bytes=last.host_bytes, enough_gpu_bytes=enough, num_dividing=last.num_workers
+    )

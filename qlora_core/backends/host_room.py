@@ -1,8 +1,11 @@
 """What workers need of a machine's own memory, where its GPUs do not hold the base.
 
 A 4-bit base that fits on no GPU lies with the host while a model is asked (`modeling.hosted`).
-Every worker of a machine keeps a copy of its own there.
+Every worker of a machine keeps a copy of its own there. In training with `cluster.offload_base`
+each keeps its part of the base there, and all do so if one of them must (`training.placing`).
 """
+
+from collections.abc import Sequence
 
 from qlora_core.artifacts import Frozen
 
@@ -13,6 +16,20 @@ class HostNeed(Frozen):
     size_bytes: int
     enough_gpu_bytes: int | None
     """A GPU with so much free holds the base, and needs no host; none: the host is wanted."""
+    num_dividing: int | None = None
+    """Workers that divide the base, each with a part of so many bytes; more of them would have
+    smaller ones. None: each has a copy of its own."""
+
+    def for_all(self, gpus_bytes: Sequence[int]) -> "HostNeed":
+        """Return the need once the GPUs of all nodes are known: who divide a base do as the least.
+
+        Args:
+            gpus_bytes: Free for a worker, on each node.
+        """
+        enough = self.enough_gpu_bytes
+        if self.num_dividing is None or enough is None or min(gpus_bytes, default=0) >= enough:
+            return self
+        return self.model_copy(update={"enough_gpu_bytes": None})
 
     def lacking(
         self, gpu_bytes: int, host_bytes: int, num_workers: int, *, is_free: bool = True
@@ -27,6 +44,7 @@ class HostNeed(Frozen):
         """
         if self.enough_gpu_bytes is not None and gpu_bytes >= self.enough_gpu_bytes:
             return ""
+        num_workers = min(num_workers, self.num_dividing or num_workers)
         if num_workers * self.size_bytes <= host_bytes:
             return ""
         unless = ""

@@ -10,7 +10,7 @@ minute, so that is no error to end a run with, but `NoRoomError`, which is waite
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_core.artifacts import Frozen
@@ -67,9 +67,18 @@ def readiness_error(nodes: list[Node], address: str) -> QLoraError | None:
         nodes: All that were asked.
         address: Of the cluster.
     """
+    in_all, now = (
+        _with_hosts_for_all(nodes, is_free=False),
+        _with_hosts_for_all(nodes, is_free=True),
+    )
     silent = [f"node {node.name}: {node.silence}" for node in nodes if node.report is None]
-    lasting = [f"node {node.name}: {sentence}" for node in nodes for sentence in _lasting(node)]
-    passing = [f"node {node.name}: {sentence}" for node in nodes for sentence in _passing(node)]
+    lasting = [f"node {node.name}: {sentence}" for node in in_all for sentence in _lasting(node)]
+    passing = [
+        f"node {each.name}: {sentence}"
+        for node, each in zip(in_all, now, strict=True)
+        if not _is_too_small(node)
+        for sentence in _passing(each)
+    ]
     if lasting:
         told = [*lasting, *silent, *passing]
         return ClusterError.of(told, f"the cluster at {address} is not ready for this run")
@@ -86,6 +95,20 @@ def readiness_error(nodes: list[Node], address: str) -> QLoraError | None:
             fix="Look at those nodes (`ray status`), or take them out of the cluster.",
         )
     return None
+
+
+def _with_hosts_for_all(nodes: list[Node], *, is_free: bool) -> list[Node]:
+    """Return the nodes, each wanting of its host what the GPUs of all of them make it want."""
+    gpus_bytes = [
+        _for_worker(node.report, node.wanted, is_free=is_free and not node.wanted.is_booked)[0] or 0
+        for node in nodes
+        if node.report is not None and node.wanted.num_workers
+    ]
+    found = []
+    for node in nodes:
+        host = node.wanted.host and node.wanted.host.for_all(gpus_bytes)
+        found.append(replace(node, wanted=node.wanted.model_copy(update={"host": host})))
+    return found
 
 
 def memory_error(report: NodeReport, wanted: Wanted) -> QLoraError | None:
@@ -122,11 +145,13 @@ def _lasting(node: Node) -> Iterator[str]:
         yield f"{sentence}; leave the node out. {node.wanted.smaller}".rstrip()
 
 
+def _is_too_small(node: Node) -> bool:
+    return node.report is not None and any(_lacks(node.report, node.wanted, is_free=False))
+
+
 def _passing(node: Node) -> Iterator[str]:
     """Yield what is in the way now, and need not be for long."""
     if node.report is None or node.report.trouble or node.wanted.is_booked:
-        return
-    if any(_lacks(node.report, node.wanted, is_free=False)):
         return
     for sentence in _lacks(node.report, node.wanted, is_free=True):
         yield f"{sentence}; free some, or leave the node out. {node.wanted.smaller}".rstrip()

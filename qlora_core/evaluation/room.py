@@ -20,7 +20,7 @@ from qlora_core.evaluation.likelihood import MAX_LOGITS
 from qlora_core.evaluation.questions import Questions
 from qlora_core.modeling.dtypes import DtypeName, compute_dtype_name, torch_dtype
 from qlora_core.modeling.hosted import BaseNeeds, BasePlace, choose_place, hosted_note
-from qlora_core.modeling.loading import load_saved_config
+from qlora_core.modeling.loading import brings_code, load_saved_config
 from qlora_core.modeling.lora import SavedAdapter, look_at_adapter
 from qlora_core.modeling.machine import free_bytes, gpu_bytes
 from qlora_core.modeling.memory import USABLE, MemoryEstimate, adapter_sizes
@@ -77,7 +77,7 @@ def needs_of(job: AskJob, questions: Questions) -> BaseNeeds | None:
     Raises:
         ArtifactError: Its configuration, or the adapter, cannot be read.
     """
-    if any((job.model / "model").glob("*.py")):
+    if brings_code(job.model):
         return None
     config = load_saved_config(job.model)
     quantization = stored_quantization(config)
@@ -164,7 +164,8 @@ def planned_notes(
             f"Evaluation takes a GPU with {free}, as no host can hold this base: {needs.obstacle}."
         )
     elif needs.hosted is not None and (wants_host or needs.whole.total > usable_bytes):
-        notes.append(f"In evaluation {hosted_note(needs, wants_host=wants_host)}.")
+        copies = _copies_note(needs.host_bytes, config.cluster.max_workers)
+        notes.append(f"In evaluation {hosted_note(needs, wants_host=wants_host)}{copies}.")
         if needs.hosted.total > usable_bytes:
             free = f"{needs.hosted.total / USABLE / 1e9:.0f} GB free"
             notes.append(f"Even so it takes a GPU with {free}: lower evaluation.batch_size.")
@@ -175,6 +176,16 @@ def planned_notes(
             f"{both_bytes / USABLE / 1e9:.0f} GB free; merge.enabled=false leaves merging out."
         )
     return notes
+
+
+def _copies_note(host_bytes: int, num_askers: int) -> str:
+    """Say that on a cluster each worker has a base of its own; nothing if there is one worker."""
+    if num_askers == 1:
+        return ""
+    return (
+        "; on a cluster each worker that evaluates keeps a copy of its own there, "
+        f"{num_askers * host_bytes / 1e9:.2f} GB if all {num_askers} share a node"
+    )
 
 
 def _largest_quantized(shape: Shape) -> int:

@@ -247,6 +247,14 @@ def load_merged(folder: Path, device: torch.device | str = "cpu") -> PreTrainedM
     return _load_saved(folder, device, torch.float32 if on_cpu else "auto")
 
 
+def brings_code(folder: Path) -> bool:
+    """Say whether the model in ``folder/model`` brings Python code, as a recipe trusted it.
+
+    Such a model is built to be loaded, and never only to be counted.
+    """
+    return any((folder / "model").glob("*.py"))
+
+
 def load_saved_config(folder: Path) -> Any:
     """Return the transformers configuration that lies in ``folder/model``.
 
@@ -256,7 +264,7 @@ def load_saved_config(folder: Path) -> Any:
     place = folder / "model"
     with _said_as_artifact(folder):
         return AutoConfig.from_pretrained(
-            place, local_files_only=True, trust_remote_code=any(place.glob("*.py"))
+            place, local_files_only=True, trust_remote_code=brings_code(folder)
         )
 
 
@@ -270,7 +278,7 @@ def load_saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             folder / "model",
             local_files_only=True,
-            trust_remote_code=any((folder / "model").glob("*.py")),
+            trust_remote_code=brings_code(folder),
         )
 
 
@@ -286,7 +294,7 @@ def _load_saved(
             device_map={"": torch.device(device)},
             use_safetensors=True,
             local_files_only=True,
-            trust_remote_code=any(place.glob("*.py")),
+            trust_remote_code=brings_code(folder),
             output_loading_info=True,
         )
     if absent := _absent_weights(report):

@@ -95,7 +95,8 @@ class MemoryEstimate(Frozen):
     workspace: int
     """The largest layer's weight, dequantised for its product, and its gradients (approximate)."""
     gathered: int = 0
-    """Two blocks of a sharded base: the one that computes, and the one that comes."""
+    """Two blocks of a sharded base: the one that computes, and the one that comes; if it is
+    offloaded, also our part of the latter, on its way to the other workers."""
     dense: int = 0
     """4-bit weights kept dequantised, as far as memory allows."""
     runtime: int = 0

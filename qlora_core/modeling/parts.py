@@ -21,7 +21,12 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_core.modeling.loading import generation_config, load_base, load_saved_config
+from qlora_core.modeling.loading import (
+    brings_code,
+    generation_config,
+    load_base,
+    load_saved_config,
+)
 from qlora_core.modeling.quiet import quiet
 from qlora_core.modeling.sharding import Gatherer, ShardedBase, blocks_of
 from qlora_core.modeling.stored import PACKED
@@ -85,7 +90,7 @@ def load_in_parts(
 
 def _skeleton(folder: Path, weights: CheckpointWeights) -> PreTrainedModel | None:
     """Return the model without memory, its 4-bit layers in place; none where that is not safe."""
-    if any((folder / "model").glob("*.py")):
+    if brings_code(folder):
         return None
     config = load_saved_config(folder)
     stored = dict(getattr(config, "quantization_config", None) or {})

@@ -4,6 +4,8 @@ A transformers config is enough: the model is built on the `meta` device, which 
 its layers are counted. So plans for 8B, 70B or 405B are made on a laptop.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from qlora_core.artifacts import Frozen
 from qlora_core.config import AdapterConfig, QuantizationConfig
+from qlora_core.errors import ModelError, QLoraError
 from qlora_core.modeling.loading import quiet
 from qlora_core.modeling.lora import linear_layers, target_endings
 from qlora_core.modeling.quantization import layers_to_quantize
@@ -75,20 +78,48 @@ def published_config(size: str) -> LlamaConfig:
     )
 
 
-def shape_of(config: Any, quantization: QuantizationConfig, adapter: AdapterConfig) -> Shape:
+def shape_of(
+    config: Any,
+    quantization: QuantizationConfig,
+    adapter: AdapterConfig,
+    *,
+    trusts_code: bool = False,
+) -> Shape:
     """Count a model's layers without loading or even allocating a weight.
 
     Args:
         config: A transformers configuration of a causal language model.
         quantization: Says which layers are quantised.
         adapter: Says which layers get an adapter.
+        trusts_code: The recipe lets code that the model brings be run.
 
     Raises:
         ConfigError: Targets or skipped modules match nothing.
+        ModelError: The model's own code cannot be built without weights.
     """
-    with torch.device("meta"), quiet():
-        model = AutoModelForCausalLM.from_config(config)
-    return shape_of_model(model, quantization, adapter)
+    with _strangers_failures_told(trusts_code):
+        with torch.device("meta"), quiet():
+            # said either way: left open, transformers asks about code on stdin, and waits
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_code)
+        return shape_of_model(model, quantization, adapter)
+
+
+@contextmanager
+def _strangers_failures_told(trusts_code: bool) -> Iterator[None]:
+    """Turn what a stranger's code raises, which is anything, into a ModelError."""
+    try:
+        yield
+    except QLoraError:
+        raise
+    except Exception as error:
+        if not trusts_code:
+            raise
+        raise ModelError(
+            "The model's sizes cannot be counted, as its own code does not build it without "
+            "weights.",
+            why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            fix="Run the recipe without a plan: workers load such a model without counting it.",
+        ) from error
 
 
 def shape_of_model(

@@ -47,6 +47,9 @@ class Parts(Frozen):
     """A part of all blocks, weights and scales."""
     gathered: int
     """The most that is put together at a time."""
+    sent: int
+    """A part with the host that goes to the GPU before it is gathered; none where one worker keeps
+    all, whose blocks are copied to their place."""
     whole: int
     """Scales and tables that every worker keeps."""
     pinned: int
@@ -74,6 +77,7 @@ def parts_of(shape: Shape, quantization: QuantizationConfig, num_workers: int) -
     return Parts(
         kept=shape.num_layers * part,
         gathered=num_here * num_workers * part,
+        sent=part if num_workers > 1 else 0,
         whole=whole,
         pinned=shape.num_layers * (1 << max(0, part - 1).bit_length()),
     )
@@ -115,7 +119,8 @@ def stored_of(
     if num_shards and quantized:
         parts = parts_of(shape, quantization, num_shards)
         weights = 0 if is_offloaded else parts.kept
-        constants, gathered = parts.whole, parts.gathered
+        constants = parts.whole
+        gathered = parts.gathered + (parts.sent if is_offloaded else 0)
     left = shape.num_parameters - sum(group.num_weights for group in quantized)
     return Stored(
         weights=weights,

@@ -34,12 +34,13 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from qlora_core.data.prepared import Rows
+from qlora_core.errors import CollectiveError, ResourceError
 from qlora_core.modeling.head import cross_entropy_sum
 from qlora_core.modeling.kernels import NO_KERNELS, Kernels
 from qlora_core.modeling.packing import packed_attention
 from qlora_core.training.batching import Indices
 from qlora_core.training.collation import Batch, collate, pack
-from qlora_core.training.memory import is_out_of_memory
+from qlora_core.training.trying import FailedTryError, Trial
 
 _NUM_COMPARED = 16
 _MAX_TRIED = 384  # positions of the tried rows; a large vocabulary's logits fill gigabytes
@@ -122,13 +123,19 @@ class LossFunction:
     def _shares_prefix(self, device: torch.device) -> bool:
         return not self.draws and device.type == "cpu"
 
-    def try_out(self, rows: Rows, device: torch.device, *, is_alone: bool = True) -> None:
+    def try_out(
+        self, rows: Rows, device: torch.device, start_trial: Callable[[], Trial] = Trial
+    ) -> None:
         """Find out what this model allows; what it does not is said in ``notes``.
 
         Args:
             rows: Three of them, the longest among them, go through the model in several ways.
             device: Where the model is.
-            is_alone: Nobody waits for what is tried here, so it may be tried again with less.
+            start_trial: Called for each attempt; all workers of a base in parts try together.
+
+        Raises:
+            CollectiveError: Other workers are gone.
+            ResourceError: There is no room for a block of a base in parts.
         """
         by_length = np.argsort(rows.lengths, kind="stable")
         usable = by_length[rows.num_supervised[by_length] > 0]
@@ -136,53 +143,59 @@ class LossFunction:
             return
         tried = usable[[len(usable) // 2, len(usable) * 3 // 4, -1]]
         for few in (tried, usable[:3]):
-            try:
-                self._try_out(rows, few, device)
-            except RuntimeError as error:
-                if not is_alone or not is_out_of_memory(error):
-                    raise
-            else:
+            failure = self._try_out(rows, few, device, start_trial())
+            if failure is None or not failure.lacks_memory:
+                self._say(failure, device)
                 return
         self.notes.append("Rows are padded, not packed: there was no memory to try it out.")
 
-    def _try_out(self, rows: Rows, tried: Indices, device: torch.device) -> None:
+    def _try_out(
+        self, rows: Rows, tried: Indices, device: torch.device, trial: Trial
+    ) -> FailedTryError | None:
+        """Return why rows are not packed; none: they are."""
         was_training = self.model.training
         self.draws = True  # until it is shown not to
+        failure = None
         try:
-            self.draws = self._draws(collate(rows, tried[:1], device))
+            self.draws = self._draws(collate(rows, tried[:1], device), trial)
             self.model.eval()
-            why = self._difference(rows, tried, device)
+            if why := self._difference(rows, tried, device, trial):
+                failure = FailedTryError(why)
+        except (CollectiveError, ResourceError):  # nobody is left to agree with
+            raise
         except Exception as error:  # whatever an architecture objects to, padding serves it
-            if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                raise
-            why = f"{type(error).__name__}: {error}"
+            failure = FailedTryError.of(error)
         finally:
             self.model.train(was_training)
-        self.packs = not why
-        if self.packs and self.draws and device.type == "cpu":
-            self.notes.append("With dropout, what rows begin with is computed for each of them.")
-        if why:
+        verdict = trial.conclude(failure)
+        self.packs = verdict is None
+        return verdict
+
+    def _say(self, failure: FailedTryError | None, device: torch.device) -> None:
+        if failure is not None:
             self.notes.append(
                 f"Rows are padded, not packed: {type(self.model).__name__} computes something else "
-                f"then ({why}). Correct, but slower."
+                f"then ({failure.why}). Correct, but slower."
             )
+        elif self.draws and device.type == "cpu":
+            self.notes.append("With dropout, what rows begin with is computed for each of them.")
 
     @torch.no_grad()
-    def _difference(self, rows: Rows, chunk: Indices, device: torch.device) -> str:
+    def _difference(self, rows: Rows, chunk: Indices, device: torch.device, trial: Trial) -> str:
         """Return what is wrong with packed logits; nothing if they are right."""
         padded = collate(rows, chunk, device)
-        expected_KV = self._logits(padded, _some(padded.kept_K)).float()
+        expected_KV = trial.run(lambda: self._logits(padded, _some(padded.kept_K))).float()
         packed = pack(rows, chunk, device, shares_prefix=self._shares_prefix(device))
         with packed_attention(self.model):
-            found_KV = self._logits(packed, _some(packed.kept_K))
-            leaks = self._leaks(pack(rows, chunk, device, shares_prefix=False))
+            found_KV = trial.run(lambda: self._logits(packed, _some(packed.kept_K)))
+            leaks = self._leaks(pack(rows, chunk, device, shares_prefix=False), trial)
         error = float((found_KV.float() - expected_KV).norm() / expected_KV.norm())
         allowed = _TOLERANCE.get(found_KV.dtype, 1e-4)
         if not error <= allowed:  # NaN is no agreement
             return f"logits {error:.1e} off, {allowed:.0e} allowed"
         return "a row sees its neighbours" if leaks else ""
 
-    def _leaks(self, packed: Batch) -> bool:
+    def _leaks(self, packed: Batch, trial: Trial) -> bool:
         """Say whether what the last row predicts depends on the rows before it."""
         num_tokens = packed.input_ids_BT.shape[1]
         first = num_tokens - (packed.layout.lengths[-1] if packed.layout else 0)
@@ -190,13 +203,14 @@ class LossFunction:
         last_K = torch.arange(start, num_tokens, device=packed.input_ids_BT.device)
         changed_1N = packed.input_ids_BT.clone()
         changed_1N[:, :first] = changed_1N[:, :first].roll(1, 1)
-        before_KV = self._logits(packed, last_K)
-        after_KV = self._logits(replace(packed, input_ids_BT=changed_1N), last_K)
+        changed = replace(packed, input_ids_BT=changed_1N)
+        before_KV = trial.run(lambda: self._logits(packed, last_K))
+        after_KV = trial.run(lambda: self._logits(changed, last_K))
         change = float((after_KV - before_KV).float().norm() / before_KV.float().norm())
         return not change <= _LEAK.get(before_KV.dtype, 0.0)  # NaN is no proof
 
     @torch.no_grad()
-    def _draws(self, batch: Batch) -> bool:
+    def _draws(self, batch: Batch, trial: Trial) -> bool:
         """Say whether something in the model is random when it trains.
 
         A new adapter adds nothing yet, so its dropout does not show in what the model returns.
@@ -209,7 +223,8 @@ class LossFunction:
         device = batch.input_ids_BT.device
         source = torch.cuda if device.type == "cuda" else torch.random
         state = source.get_rng_state()
-        draws = not torch.equal(self._logits(batch, kept_K), self._logits(batch, kept_K))
+        first_KV, second_KV = (trial.run(lambda: self._logits(batch, kept_K)) for _ in range(2))
+        draws = not torch.equal(first_KV, second_KV)
         if draws:  # else nothing has moved; and other threads may draw at this moment
             source.set_rng_state(state)
         return draws

@@ -2,9 +2,10 @@
 
 Whole is faster, as nothing has to be put together before it computes. So `cluster.strategy=auto`
 divides the base only if the memory plan finds no way to train with all of it on one of the workers,
-and all workers do as the least of them needs. Who measures snapshots beside them does so alone:
-where the base does not fit whole, it lies with the host (`modeling.hosted`). Decided before a
-weight is loaded.
+and all workers do as the least of them needs (a worker alone can only leave it with its host, as
+`cluster.offload_base` asks for). A model that brings its own code is not counted, so `auto` leaves
+it whole. Who measures snapshots beside them does so alone: where the base does not fit whole, it
+lies with the host (`modeling.hosted`). Decided before a weight is loaded.
 """
 
 from dataclasses import dataclass, replace
@@ -13,10 +14,10 @@ import torch
 
 from qlora_core.config import ClusterConfig
 from qlora_core.data.prepared import Rows
-from qlora_core.errors import ConfigError
+from qlora_core.errors import ConfigError, ResourceError
 from qlora_core.modeling.dtypes import compute_dtype_name
 from qlora_core.modeling.hosted import BaseNeeds, BasePlace, choose_place
-from qlora_core.modeling.loading import load_saved_config
+from qlora_core.modeling.loading import brings_code, load_saved_config
 from qlora_core.modeling.machine import free_bytes
 from qlora_core.modeling.parts import obstacle_to_parts
 from qlora_core.modeling.shape import Shape, shape_of
@@ -26,7 +27,13 @@ from qlora_core.training.batching import plan_training
 from qlora_core.training.comm import Alone, Comm
 from qlora_core.training.memory import memory_for_worker
 from qlora_core.training.room import Demand
-from qlora_core.training.strategies import strategy_needs
+from qlora_core.training.strategies import (
+    chosen,
+    idle_offload_note,
+    own_code_note,
+    parts_note,
+    strategy_needs,
+)
 
 
 @dataclass(frozen=True)
@@ -64,25 +71,26 @@ def place_base(
     device: torch.device,
     notes: list[str],
 ) -> Placement:
-    """Return where the base shall lie; say it in ``notes`` if that is not whole everywhere.
+    """Return where the base shall lie; say in ``notes`` what is not whole, or not as asked for.
 
     Raises:
         ConfigError: It is to be divided, and cannot be.
+        ResourceError: The hosts have no room for its parts.
     """
-    is_offloaded = cluster.offload_base and device.type == "cuda"
-    if cluster.strategy == "fsdp":
-        if why := _obstacle(job):
-            raise ConfigError(
-                f"cluster.strategy=fsdp does not work with {why}.",
-                fix="Set cluster.strategy=ddp; or quantization.method=nf4, adapter.dora=false.",
-            )
-        return _divided(job, comm, is_offloaded, "cluster.strategy=fsdp", notes)
-    if cluster.strategy == "ddp" or comm.world_size == 1 or _obstacle(job):
-        return Placement()
-    if all(comm.gather(_fits_whole(job, rows, comm, device))):
-        return Placement()
-    why = "cluster.strategy=auto: it does not fit whole"
-    return _divided(job, comm, is_offloaded, why, notes)
+    has_host, obstacle = device.type == "cuda", _obstacle(job)
+    if cluster.strategy == "fsdp" and obstacle:
+        raise ConfigError(
+            f"cluster.strategy=fsdp does not work with {obstacle}.",
+            fix="Set cluster.strategy=ddp; or quantization.method=nf4, adapter.dora=false.",
+        )
+    place = Placement(is_sharded=True, is_offloaded=cluster.offload_base and has_host)
+    if not _divides(job, cluster, rows, comm, device, place, notes):
+        place = Placement()
+    if cluster.offload_base and not place.is_offloaded:
+        notes.append(idle_offload_note(cluster.strategy, has_host=has_host, obstacle=obstacle))
+    if place.is_offloaded:
+        _require_hosts(job, comm)
+    return place
 
 
 def place_judged_base(
@@ -99,10 +107,9 @@ def place_judged_base(
     Raises:
         ResourceError: There is no room for it.
     """
-    if device.type != "cuda" or any((job.base / "model").glob("*.py")):
+    if device.type != "cuda" or brings_code(job.base):
         return BasePlace()  # of a model that brings code, only loading tells what it takes
-    shape = shape_of(load_saved_config(job.base), job.quantization, job.adapter)
-    needs = judged_needs(demand_of(job, shape, rows, Alone(), device, Placement()))
+    needs = judged_needs(demand_of(job, _shape(job), rows, Alone(), device, Placement()))
     memory_bytes = memory_for_worker(device, num_sharing=1)
     return choose_place(needs, memory_bytes, free_bytes(), wants_host=wants_host)
 
@@ -114,34 +121,82 @@ def judged_needs(demand: Demand) -> BaseNeeds:
         demand: Of the training, on any number of workers.
     """
     alone = replace(demand, world_size=1, offloads_base=True)
-    found = {need.strategy: need.estimate for need in strategy_needs(alone, memory_bytes=0)}
+    found = {need.strategy: need for need in strategy_needs(alone, memory_bytes=0)}
     if why := obstacle_to_parts(demand.quantization.method, is_dora=demand.adapter.dora):
-        return BaseNeeds(found["ddp"], None, obstacle=why)
-    host_bytes = parts_of(demand.shape, demand.quantization, 1).pinned
-    return BaseNeeds(found["ddp"], found["fsdp"], host_bytes)
+        return BaseNeeds(found["ddp"].estimate, None, obstacle=why)
+    hosted = found["fsdp"]
+    return BaseNeeds(found["ddp"].estimate, hosted.estimate, hosted.host_bytes)
 
 
-def _divided(
-    job: TrainJob, comm: Comm, is_offloaded: bool, why: str, notes: list[str]
-) -> Placement:
-    if comm.world_size == 1 and not is_offloaded:
+def _divides(
+    job: TrainJob,
+    cluster: ClusterConfig,
+    rows: Rows,
+    comm: Comm,
+    device: torch.device,
+    place: Placement,
+    notes: list[str],
+) -> bool:
+    """Say whether the base shall lie as in ``place``; what is said of it goes to ``notes``."""
+    is_alone = comm.world_size == 1 and not place.is_offloaded
+    if is_alone and cluster.strategy == "fsdp":
         notes.append("cluster.strategy=fsdp ran as ddp: there is one worker, which has all parts.")
-        return Placement()
-    where = "in the hosts' memory" if is_offloaded else "on all workers"
-    notes.append(f"The base lies in {comm.world_size} parts {where} ({why}).")
+    if is_alone or _obstacle(job) or cluster.strategy == "ddp":
+        return False
+    why = f"cluster.strategy={cluster.strategy}"
+    if cluster.strategy == "auto":
+        if brings_code(job.base):
+            notes.append(own_code_note())
+            return False
+        if not any(comm.gather(_is_too_large(job, cluster, rows, comm, device, place))):
+            return False
+        why += ": it does not fit whole"
+    notes.append(parts_note(comm.world_size, why, is_offloaded=place.is_offloaded))
     if isinstance(job.quantization.keep_dequantized, int):
         notes.append(
             "quantization.keep_dequantized ran as off: a base in parts is dequantised in each pass."
         )
-    return Placement(is_sharded=True, is_offloaded=is_offloaded)
+    return True
 
 
 def _obstacle(job: TrainJob) -> str:
     return obstacle_to_parts(job.quantization.method, is_dora=job.adapter.dora)
 
 
-def _fits_whole(job: TrainJob, rows: Rows, comm: Comm, device: torch.device) -> bool:
-    shape = shape_of(load_saved_config(job.base), job.quantization, job.adapter)
-    demand = demand_of(job, shape, rows, comm, device, Placement())
-    ddp = strategy_needs(demand, memory_for_worker(device, comm.local_size))[0]
-    return ddp.fits
+def _shape(job: TrainJob) -> Shape:
+    return shape_of(load_saved_config(job.base), job.quantization, job.adapter)
+
+
+def _is_too_large(
+    job: TrainJob,
+    cluster: ClusterConfig,
+    rows: Rows,
+    comm: Comm,
+    device: torch.device,
+    place: Placement,
+) -> bool:
+    asked = Placement(is_offloaded=place.is_offloaded)
+    demand = demand_of(job, _shape(job), rows, comm, device, asked)
+    needs = strategy_needs(demand, memory_for_worker(device, comm.local_size))
+    return chosen(cluster, needs).strategy == "fsdp"
+
+
+def _require_hosts(job: TrainJob, comm: Comm) -> None:
+    """Find before loading that some host cannot hold the parts of its workers; all find the same.
+
+    Raises:
+        ResourceError: One cannot.
+    """
+    if brings_code(job.base):
+        return
+    own_bytes = parts_of(_shape(job), job.quantization, comm.world_size).pinned
+    hosts = comm.gather([comm.local_size, free_bytes()])
+    for rank, (num_here, host_bytes) in enumerate(hosts):
+        if num_here * own_bytes > host_bytes:
+            raise ResourceError(
+                f"There are {host_bytes / 1e9:.2f} GB of the host's memory free beside worker "
+                f"{rank}, and parts of the base take {num_here * own_bytes / 1e9:.2f} GB there.",
+                why=f"cluster.offload_base keeps the parts of {num_here} workers on that machine.",
+                fix="Free memory there, spread the workers over more machines, or set "
+                "cluster.offload_base=false.",
+            )

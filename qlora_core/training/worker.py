@@ -12,6 +12,7 @@ rows. What was measured goes to ``<scratch>/summary.json``.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ from qlora_core.training.placing import Placement, demand_of, place_base
 from qlora_core.training.room import SMALLER, Demand, Passes, Room, find_room
 from qlora_core.training.start import agree_on_halvings, require_store
 from qlora_core.training.together import Together
+from qlora_core.training.trying import Trial
 
 
 def ignore(_: StepMetrics) -> None:
@@ -178,8 +180,8 @@ def assemble(
         before: How this worker made its passes when the snapshot was taken that it goes on from.
     """
     train_rows, heldout = rows
-    is_alone = base is None or comm.world_size == 1
-    loss = _loss_function(model, train_rows, device, notes, is_alone=is_alone)
+    start_trial = Trial if base is None else partial(Trial, comm, base)
+    loss = _loss_function(model, train_rows, device, notes, start_trial)
     if device.type == "cuda":  # what trying took says nothing of training
         torch.cuda.reset_peak_memory_stats(device)
     place = Placement(base is not None, base is not None and base.is_offloaded)
@@ -216,13 +218,17 @@ def _shape(model: PeftModel, job: TrainJob) -> Shape:
 
 
 def _loss_function(
-    model: PeftModel, rows: Rows, device: torch.device, notes: list[str], *, is_alone: bool
+    model: PeftModel,
+    rows: Rows,
+    device: torch.device,
+    notes: list[str],
+    start_trial: Callable[[], Trial],
 ) -> LossFunction:
     dtype = model.get_input_embeddings().weight.dtype
     kernels = find_kernels(device, dtype, sizes_of(model.config))
     notes += kernels.notes
     loss = LossFunction(model, notes, kernels)
-    loss.try_out(rows, device, is_alone=is_alone)
+    loss.try_out(rows, device, start_trial)
     return loss
 
 

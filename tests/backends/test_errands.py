@@ -13,11 +13,15 @@ from qlora_core.config import (
     QuantizationConfig,
     SnapshotConfig,
 )
+from qlora_core.data.prepared import read_split
 from qlora_core.evaluation.questions import read_questions
 from qlora_core.evaluation.room import needs_of
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter, save_adapter
+from qlora_core.modeling.parts import load_in_parts
 from qlora_core.ports import AskJob
+from qlora_core.training import placing
+from qlora_core.training.comm import Alone
 from qlora_core.training.desk import SUMMARY_FILE
 from tests.tiny import make_tiny_llama
 from tests.training.conftest import write_base
@@ -61,6 +65,74 @@ def test_a_model_that_brings_its_own_code_is_measured_by_workers_alone(make_job,
     mine = job.model_copy(update={"base": tmp_path / "base"})
 
     assert least_of_training(mine) is None
+
+
+def offloading(job, **cluster):
+    cluster = ClusterConfig(address="head:6379", offload_base=True, **cluster)
+    return training_errand(job, cluster, cpus=1, gpus=1.0).needs()
+
+
+def test_a_training_that_offloads_its_base_needs_the_hosts_memory_for_each_workers_part(
+    make_job, tmp_path
+):
+    deep = write_base(
+        tmp_path / "deep", make_tiny_llama(tmp_path / "tiny", num_layers=8), is_nf4=True
+    )
+    job = make_job().model_copy(update={"base": deep})
+    blocks = load_in_parts(deep, CPU, Alone(), [])[1]._blocks
+
+    two, alone = offloading(job, strategy="fsdp", workers=2), offloading(job, strategy="fsdp")
+
+    for needs, num in ((two, 2), (alone, 1)):
+        parts = [-(-block.part_S.nbytes // num // 16) * 16 for block in blocks]
+        # torch pins memory by powers of two
+        assert needs.host.size_bytes == sum(2 ** (size - 1).bit_length() for size in parts)
+        assert needs.host.num_dividing == num
+        assert needs.host.enough_gpu_bytes is None, "no GPU is large enough to do without"
+
+
+def test_with_auto_a_gpu_that_holds_the_base_needs_no_host_and_a_smaller_one_does(
+    make_job, tmp_path
+):
+    deep = write_base(
+        tmp_path / "deep", make_tiny_llama(tmp_path / "tiny", num_layers=8), is_nf4=True
+    )
+    job = make_job().model_copy(update={"base": deep})
+
+    whole = training_errand(job, CLUSTER, cpus=1, gpus=1.0).needs()
+    auto, ddp, fsdp = (offloading(job, strategy=name) for name in ("auto", "ddp", "fsdp"))
+
+    assert whole.host is ddp.host is None
+    assert auto.least_bytes == fsdp.least_bytes < ddp.least_bytes == whole.least_bytes
+    assert auto.host.enough_gpu_bytes == pytest.approx(ddp.least_bytes / 0.9, abs=1)
+    assert auto.host.size_bytes == fsdp.host.size_bytes
+
+
+def test_preflight_asks_for_what_the_worker_then_chooses(make_job, monkeypatch):
+    """At the memory that preflight finds enough, and at a byte less."""
+    job, cluster = make_job(), ClusterConfig(address="head:6379", offload_base=True)
+    enough = training_errand(job, cluster, cpus=1, gpus=1.0).needs().host.enough_gpu_bytes
+    rows = read_split(job.data, "train")
+
+    def is_offloaded(gpu_bytes):
+        monkeypatch.setattr(placing, "memory_for_worker", lambda *_: gpu_bytes)
+        monkeypatch.setattr(placing, "free_bytes", lambda: 10**12)
+        place = placing.place_base(job, cluster, rows, Alone(), torch.device("cuda"), [])
+        return place.is_offloaded
+
+    assert not is_offloaded(enough + 1)
+    assert is_offloaded(enough - 2)
+
+
+def test_fsdp_on_a_worker_alone_needs_what_ddp_does_as_it_runs_as_that(make_job):
+    job = make_job()
+
+    def least(strategy):
+        cluster = ClusterConfig(address="head:6379", strategy=strategy)
+        return training_errand(job, cluster, cpus=1, gpus=1.0).needs()
+
+    assert least("fsdp") == least("ddp") == least("auto")
+    assert least("fsdp").least_bytes > 0
 
 
 def asking(job, **parts) -> AskJob:

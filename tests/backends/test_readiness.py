@@ -120,6 +120,28 @@ def test_a_gpu_that_holds_the_base_needs_no_host_unless_the_recipe_wants_it_ther
     assert "9.00 GB there for 3 workers; free some" in said(wanting(wanted, host_bytes=0))
 
 
+DIVIDED = HostNeed(size_bytes=3 * 10**9, enough_gpu_bytes=70 * 10**9, num_dividing=2)
+"""Parts of two workers; a GPU with 70 GB free holds all of the base."""
+
+
+def test_if_one_nodes_gpu_is_too_small_for_the_base_the_hosts_of_all_nodes_need_room_for_parts():
+    large = node("large", wanted=ON_GPUS | {"host": DIVIDED}, gpus=(H100,), free_bytes=10**9)
+    small_gpu = H100.model_copy(update={"free_bytes": 60 * 10**9})
+    small = node("small", wanted=ON_GPUS | {"host": DIVIDED}, gpus=(small_gpu,), free_bytes=10**10)
+
+    assert readiness_error([large], "head:6379") is None
+    text = said(large, small)
+    assert "node large: it has 1.00 GB of memory free" in text
+    assert "node small" not in text
+
+
+def test_a_host_is_asked_for_no_more_parts_than_the_base_is_divided_into():
+    small = DIVIDED.model_copy(update={"enough_gpu_bytes": None})
+
+    assert readiness_error([wanting(small, free_bytes=6 * 10**9)], "head:6379") is None
+    assert "6.00 GB there for 2 workers" in said(wanting(small, free_bytes=6 * 10**9 - 1))
+
+
 @pytest.mark.parametrize(
     "fine",
     [

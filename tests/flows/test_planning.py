@@ -17,6 +17,7 @@ from qlora_core.errors import ModelError, UserError
 from qlora_core.modeling.shape import shape_of
 from qlora_core.plan import RawSize, plan_run
 from tests.test_plan import CPU, plan, prepared, recipe
+from tests.tiny import bring_own_code
 
 
 def shown(made) -> str:
@@ -87,12 +88,27 @@ def test_a_shape_is_planned_for_gpus_that_are_not_here_and_a_model_that_is_nowhe
     assert "cluster.strategy would be fsdp" in text
 
 
+def test_the_table_of_strategies_has_the_hosts_memory_where_the_base_lies_there():
+    def text(**cluster):
+        console = Console(record=True, width=200)
+        show_shape_plan(console, make_shape_plan(recipe(cluster=cluster), "405b", 80))
+        return console.export_text()
+
+    (row,) = [r for r in text(workers=8, offload_base=True).splitlines() if "host's memory  " in r]
+    assert row.split()[-2:] == ["0.000", "33.823"]
+    assert "The worker, by cluster.strategy" in text(offload_base=True)
+    assert "host's memory  " not in text(workers=8)
+
+
 PAIRS = [{"prompt": f"day {n}", "completion": f"noon {n}"} for n in range(9)]
 
 
 @pytest.fixture
 def planned(tmp_path, tiny_llama):
-    def make(rows=PAIRS, ending="jsonl", model=tiny_llama, cluster=None, gpu_gb=None, **dataset):
+    def make(
+        rows=PAIRS, ending="jsonl", model=tiny_llama, cluster=None, gpu_gb=None, trusts=None,
+        **dataset,
+    ):  # fmt: skip
         path = tmp_path / f"rows.{ending}"
         if ending == "parquet":
             pq.write_table(pa.Table.from_pylist(rows), path)
@@ -104,7 +120,7 @@ def planned(tmp_path, tiny_llama):
             RunConfig.model_validate(
                 {
                     "name": "r",
-                    "model": {"source": str(model)},
+                    "model": {"source": str(model)} | (trusts or {}),
                     "dataset": {"source": str(path), "max_length": 128} | dataset,
                     "cluster": cluster or {},
                     "workspace": {"store": str(tmp_path / "store")},
@@ -152,3 +168,37 @@ def test_a_plan_finds_that_the_model_has_no_chat_template(planned, tiny_llama, t
 
     with pytest.raises(ModelError, match="no chat template"):
         planned(model=tmp_path / "model")
+
+
+@pytest.fixture
+def own_code(tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "mine")
+    bring_own_code(tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+TRUSTS = {"trust_remote_code": True, "revision": "0" * 40}
+
+
+def test_a_model_with_its_own_code_is_planned_as_its_code_builds_it(planned, own_code, tiny_llama):
+    made = planned(model=own_code, trusts=TRUSTS, cluster={"workers": 2})
+
+    assert made.shape.architecture == "MineForCausalLM"
+    theirs = planned(model=tiny_llama).shape.model_dump(exclude={"architecture"})
+    assert made.shape.model_dump(exclude={"architecture"}) == theirs
+    assert any("brings its own code" in note for note in made.notes)
+
+
+def test_code_of_a_model_that_builds_nothing_without_weights_is_told(planned, own_code):
+    code = own_code / "modeling_mine.py"
+    code.write_text(
+        code.read_text() + "    def __init__(self, config):\n        raise KeyError('weights')\n"
+    )
+
+    with pytest.raises(ModelError, match=r"(?s)cannot be counted.*KeyError.*without a plan"):
+        planned(model=own_code, trusts=TRUSTS)
+
+
+def test_code_that_is_not_trusted_is_not_asked_about_but_refused(planned, own_code):
+    with pytest.raises(ModelError, match="trust_remote_code=true"):
+        planned(model=own_code)

@@ -1,6 +1,7 @@
 """A base in parts, on two real processes over gloo, beside the same training with it whole."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,17 @@ from qlora_core.config import (
     SnapshotConfig,
     TrainingConfig,
 )
-from qlora_core.data.prepared import IGNORED, TokenRow, write_split
-from qlora_core.errors import ConfigError, ModelError
+from qlora_core.data.prepared import IGNORED, TokenRow, read_split, write_split
+from qlora_core.errors import ConfigError, ModelError, ResourceError
+from qlora_core.modeling.parts import load_in_parts
 from qlora_core.modeling.sharding import ShardedBase, blocks_of
 from qlora_core.ports import TrainJob
+from qlora_core.training import placing, worker
 from qlora_core.training.batching import deal
 from qlora_core.training.comm import Alone
 from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.journal import CURVE_FILE
-from qlora_core.training.placing import place_base
+from qlora_core.training.placing import Placement, place_base
 from qlora_core.training.together import cut_alike
 from qlora_core.training.worker import run_worker
 from tests.tiny import bring_own_code, make_tiny_llama
@@ -69,7 +72,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "with dropout": {"dropout": 0.1},
     "recomputed with dropout": {"dropout": 0.1, "checkpointing": "on"},
 }
-FAULTS = ("memory forward", "memory backward", "memory always", "death")
+PACKING_FAULTS = ("packing at once", "packing halfway")
+FAULTS = (
+    "memory forward",
+    "memory backward",
+    "memory always",
+    *PACKING_FAULTS,
+    "packing for memory",
+    "death",
+)
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +193,26 @@ def test_a_worker_without_memory_for_a_single_row_ends_the_run_on_all(stage):
         assert "single row" in stage.seen("memory always", rank).error
 
 
+@pytest.mark.parametrize("fault", PACKING_FAULTS)
+def test_if_one_worker_cannot_pack_rows_no_worker_does_and_none_waits_for_ever(stage, fault):
+    for rank in (0, 1):
+        found = stage.seen(fault, rank)
+        assert not found.error  # one that waited has a CollectiveError after a minute
+        (said,) = [note for note in found.notes if "padded, not packed" in note]
+        assert "on worker 1, ValueError: packing is beyond me" in said
+    losses = [point["loss"] for point in stage.curve("whole plain")]
+    assert [point["loss"] for point in stage.curve(fault)] == pytest.approx(losses, rel=1e-4)
+
+
+def test_if_one_worker_has_no_memory_to_try_packing_all_try_it_with_less(stage):
+    fault = "packing for memory"
+
+    for rank in (0, 1):
+        assert not stage.seen(fault, rank).error
+        assert not any("padded" in note for note in stage.seen(fault, rank).notes)
+    assert stage.curve(fault) == stage.curve("whole plain")
+
+
 def test_a_worker_that_dies_within_a_pass_is_reported_by_the_other(stage):
     assert "CollectiveError" in stage.seen("death").error
 
@@ -261,9 +292,10 @@ def test_a_block_whose_bytes_three_workers_cannot_share_evenly_trains_the_same(m
     assert losses("parts", FSDP) == pytest.approx(losses("whole", DDP), rel=1e-6)
 
 
-def placed(make_job, cluster, monkeypatch=None, memory=10**12, world=2, **parts):
-    from qlora_core.data.prepared import read_split
-    from qlora_core.training import placing
+def place(
+    make_job, cluster, monkeypatch=None, memory=10**12, world=2, device="cpu", host=None, **parts
+) -> tuple[Placement, list[str]]:
+    """Where the base would lie on a device, of which only its free memory is asked."""
 
     class Several(Alone):
         world_size = world
@@ -275,8 +307,14 @@ def placed(make_job, cluster, monkeypatch=None, memory=10**12, world=2, **parts)
     notes: list[str] = []
     if monkeypatch:
         monkeypatch.setattr(placing, "memory_for_worker", lambda *_: memory)
+        monkeypatch.setattr(placing, "free_bytes", lambda: 10**12 if host is None else host)
     rows = read_split(job.data, "train")
-    return place_base(job, cluster, rows, Several(), CPU, notes).is_sharded, notes
+    return place_base(job, cluster, rows, Several(), torch.device(device), notes), notes
+
+
+def placed(*given, **options) -> tuple[bool, list[str]]:
+    found, notes = place(*given, **options)
+    return found.is_sharded, notes
 
 
 def test_auto_divides_a_base_that_does_not_fit_and_no_other(make_job, monkeypatch):
@@ -313,11 +351,125 @@ def test_what_cannot_be_divided_is_refused_or_with_auto_left_whole(
     assert placed(make_job, auto, monkeypatch, memory=10**6, **parts) == (False, [])
 
 
+@pytest.fixture
+def own_code_base(make_job, tmp_path):
+    shutil.copytree(make_job().base, tmp_path / "mine")
+    bring_own_code(tmp_path / "mine" / "model")
+    return tmp_path / "mine"
+
+
+def test_auto_leaves_a_base_with_its_own_code_whole_without_asking_anybody_and_says_so(
+    make_job, monkeypatch, own_code_base
+):
+    auto = ClusterConfig(workers=2)
+
+    is_sharded, (note,) = placed(make_job, auto, monkeypatch, memory=10**6, base=own_code_base)
+
+    assert not is_sharded
+    assert "brings its own code" in note
+    assert "cluster.strategy=fsdp divides it" in note
+    assert placed(make_job, FSDP, monkeypatch, base=own_code_base)[0]
+
+
+WITH_HOST = ClusterConfig(offload_base=True)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_auto_leaves_a_base_that_does_not_fit_with_its_host_and_one_that_fits_on_the_gpu(
+    make_job, monkeypatch, world
+):
+    def found(memory):
+        return place(make_job, WITH_HOST, monkeypatch, memory, world, "cuda")
+
+    tight, notes = found(10**5)
+    roomy, (left_out,) = found(10**12)
+
+    assert (tight.is_sharded, tight.is_offloaded) == (True, True)
+    assert "memory (cluster.strategy=auto: it does not fit whole)" in notes[0]
+    assert roomy == Placement()
+    assert "offload_base is left out in training: the base lies whole" in left_out
+
+
+def test_a_worker_alone_offloads_its_base_if_fsdp_asks_for_it(make_job, monkeypatch):
+    cluster = ClusterConfig(strategy="fsdp", offload_base=True)
+
+    found, (note,) = place(make_job, cluster, monkeypatch, world=1, device="cuda")
+
+    assert (found.is_sharded, found.is_offloaded) == (True, True)
+    assert note == "The base lies in the host's memory (cluster.strategy=fsdp)."
+
+
+@pytest.mark.parametrize(
+    ("device", "parts", "strategy", "said"),
+    [
+        ("cuda", {}, "ddp", "cluster.strategy=ddp keeps the base whole"),
+        ("cuda", {"quantization": QuantizationConfig(method="int8")}, "auto", "method=int8"),
+        ("cpu", {}, "fsdp", "a CPU has no host"),
+        ("cpu", {}, "auto", "a CPU has no host"),
+    ],
+)
+def test_where_offloading_has_no_effect_that_is_said(
+    make_job, monkeypatch, device, parts, strategy, said
+):
+    cluster = ClusterConfig(strategy=strategy, offload_base=True)
+
+    found, notes = place(make_job, cluster, monkeypatch, 10**6, device=device, **parts)
+
+    assert not found.is_offloaded
+    assert said in notes[-1]
+    assert "cluster.offload_base is left out in training" in notes[-1]
+
+
+def test_a_host_without_room_for_parts_is_found_before_a_weight_is_loaded(
+    make_job, monkeypatch, own_code_base
+):
+    cluster = ClusterConfig(strategy="fsdp", offload_base=True)
+
+    def found(host, **parts):
+        return place(make_job, cluster, monkeypatch, device="cuda", host=host, **parts)[0]
+
+    blocks = load_in_parts(make_job().base, CPU, Alone(), [])[1]._blocks
+    halves = [-(-block.part_S.nbytes // 2 // 16) * 16 for block in blocks]
+    pinned = sum(2 ** (size - 1).bit_length() for size in halves)  # torch pins powers of two
+    assert found(pinned).is_offloaded
+    with pytest.raises(ResourceError, match=r"(?s)host's memory.*offload_base=false"):
+        found(pinned - 1)
+    assert found(0, base=own_code_base).is_offloaded, "what nobody can count is tried"
+
+
+@pytest.mark.parametrize("settings", [{}, {"checkpointing": "on"}])
+def test_a_worker_alone_trains_over_a_base_with_its_host_as_over_a_whole_one(
+    make_job, monkeypatch, settings
+):
+    """On a CPU the host is the device, so what is pinned and copied on a GPU is here a copy."""
+    bases = []
+
+    def loading(*given, **options):
+        model, base = load_in_parts(*given, **options)
+        bases.append(base)
+        return model, base
+
+    def train(name) -> tuple[list[float], dict[str, torch.Tensor]]:
+        job, steps = make_job(name, **settings), []
+        run_worker(job, Alone(), SnapshotConfig(), "0001", CPU, steps.append)
+        adapter = load_file(job.out / "adapter_model.safetensors")
+        return [step.loss for step in steps], adapter
+
+    losses, adapter = train("whole")
+    offloaded = Placement(is_sharded=True, is_offloaded=True)
+    monkeypatch.setattr(worker, "place_base", lambda *_: offloaded)
+    monkeypatch.setattr(worker, "load_in_parts", loading)
+    found_losses, found_adapter = train("with its host")
+
+    (base,) = bases
+    assert base.is_offloaded
+    assert base.num_gathered_bytes > base.part_bytes
+    assert base.present_bytes == 0
+    assert found_losses == losses
+    assert all(torch.equal(found_adapter[name], tensor) for name, tensor in adapter.items())
+
+
 def test_a_checkpoint_with_its_own_code_is_loaded_whole_and_says_so(deep_base, tmp_path):
-    import shutil
-
-    from qlora_core.modeling.parts import load_in_parts
-
     shutil.copytree(deep_base, tmp_path / "base")
     bring_own_code(tmp_path / "base" / "model")
     notes: list[str] = []

@@ -30,7 +30,7 @@ from qlora_core.training.loop import Run
 from qlora_core.training.optimizer import FlatGradients
 
 NUM_WORKERS = 2
-_TIMEOUT_S = 300
+_TIMEOUT_S = 600
 
 
 class Scene(Frozen):
@@ -39,7 +39,16 @@ class Scene(Frozen):
     name: str
     job: TrainJob
     cluster: ClusterConfig
-    fault: Literal["", "memory forward", "memory backward", "memory always", "death"] = ""
+    fault: Literal[
+        "",
+        "memory forward",
+        "memory backward",
+        "memory always",
+        "death",
+        "packing at once",
+        "packing halfway",
+        "packing for memory",
+    ] = ""
 
 
 class Seen(Frozen):
@@ -129,7 +138,7 @@ class _Watch:
 
     @contextmanager
     def watching(self):
-        clip, prepare = FlatGradients.clip, worker._prepare
+        clip, prepare, attach = FlatGradients.clip, worker._prepare, worker.attach_adapter
 
         def clipping(gradients: FlatGradients, max_norm: float) -> float:
             self.gradients.append(gradients.flat_P.clone())
@@ -140,11 +149,17 @@ class _Watch:
             self._follow(self._run)
             return self._run
 
-        FlatGradients.clip, worker._prepare = clipping, preparing
+        def attaching(*given: Any) -> Any:
+            model = attach(*given)
+            if "packing" in self._fault:
+                self._spoil_packing(model)
+            return model
+
+        FlatGradients.clip, worker._prepare, worker.attach_adapter = clipping, preparing, attaching
         try:
             yield
         finally:
-            FlatGradients.clip, worker._prepare = clip, prepare
+            FlatGradients.clip, worker._prepare, worker.attach_adapter = clip, prepare, attach
 
     def seen(self) -> Seen:
         run = self._run
@@ -166,6 +181,22 @@ class _Watch:
             block.register_forward_hook(self._looker(run))
             if place == 2:
                 block.register_forward_hook(self._strike)
+
+    def _spoil_packing(self, model: nn.Module) -> None:
+        """Let the first packed pass fail: before its first block computes, or after its third."""
+
+        def fail(_module: nn.Module, _inputs: Any, options: dict[str, Any], *_: Any) -> None:
+            if "layout" not in options or not self._fault:
+                return
+            fault, self._fault = self._fault, ""
+            if "memory" in fault:
+                raise torch.OutOfMemoryError("no memory left, says the test")
+            raise ValueError("packing is beyond me, says the test")
+
+        if "at once" in self._fault:
+            model.register_forward_pre_hook(fail, with_kwargs=True)
+        else:
+            blocks_of(model)[2].register_forward_hook(fail, with_kwargs=True)
 
     def _looker(self, run: Run) -> Callable[..., None]:
         def look(*_: Any) -> None:
