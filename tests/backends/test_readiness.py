@@ -100,9 +100,13 @@ HOSTED = HostNeed(size_bytes=3 * 10**9, enough_gpu_bytes=81 * 10**9)
 ON_GPUS = GPU_WANTED | {"need_bytes": 10**9, "num_workers": 3}
 
 
-def wanting(host: HostNeed, host_bytes: int) -> Node:
-    memory = {"free_bytes": host_bytes, "total_bytes": host_bytes}
-    return node(wanted=ON_GPUS | {"host": host}, gpus=(H100,), **memory)
+def host(size_bytes: int) -> dict[str, int]:
+    """Memory of a machine, all of it free."""
+    return {"free_bytes": size_bytes, "total_bytes": size_bytes}
+
+
+def wanting(need: HostNeed, host_bytes: int) -> Node:
+    return node(wanted=ON_GPUS | {"host": need}, gpus=(H100,), **host(host_bytes))
 
 
 def test_where_no_gpu_holds_the_base_the_host_has_to_for_every_worker():
@@ -125,21 +129,31 @@ DIVIDED = HostNeed(size_bytes=3 * 10**9, enough_gpu_bytes=70 * 10**9, num_dividi
 
 
 def test_if_one_nodes_gpu_is_too_small_for_the_base_the_hosts_of_all_nodes_need_room_for_parts():
-    large = node("large", wanted=ON_GPUS | {"host": DIVIDED}, gpus=(H100,), free_bytes=10**9)
-    small_gpu = H100.model_copy(update={"free_bytes": 60 * 10**9})
-    small = node("small", wanted=ON_GPUS | {"host": DIVIDED}, gpus=(small_gpu,), free_bytes=10**10)
+    large = node("large", wanted=ON_GPUS | {"host": DIVIDED}, gpus=(H100,), **host(10**9))
+    small_gpu = H100.model_copy(update={"total_bytes": 60 * 10**9, "free_bytes": 60 * 10**9})
+    small = node("small", wanted=ON_GPUS | {"host": DIVIDED}, gpus=(small_gpu,), **host(10**10))
 
     assert readiness_error([large], "head:6379") is None
     text = said(large, small)
-    assert "node large: it has 1.00 GB of memory free" in text
+    assert "node large: it has 1.00 GB of memory in all" in text
     assert "node small" not in text
+
+
+def test_hosts_without_room_are_waited_for_if_others_fill_the_gpu_that_would_do_without_them():
+    full = H100.model_copy(update={"free_bytes": 60 * 10**9})
+    busy = node("busy", wanted=ON_GPUS | {"host": DIVIDED}, gpus=(full,), **host(10**9))
+
+    error = readiness_error([busy], "head:6379")
+
+    assert isinstance(error, NoRoomError)
+    assert "node busy: it has 1.00 GB of memory free" in error.what
 
 
 def test_a_host_is_asked_for_no_more_parts_than_the_base_is_divided_into():
     small = DIVIDED.model_copy(update={"enough_gpu_bytes": None})
 
-    assert readiness_error([wanting(small, free_bytes=6 * 10**9)], "head:6379") is None
-    assert "6.00 GB there for 2 workers" in said(wanting(small, free_bytes=6 * 10**9 - 1))
+    assert readiness_error([wanting(small, 6 * 10**9)], "head:6379") is None
+    assert "6.00 GB there for 2 workers" in said(wanting(small, 6 * 10**9 - 1))
 
 
 @pytest.mark.parametrize(

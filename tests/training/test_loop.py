@@ -129,11 +129,11 @@ def test_packing_that_has_no_memory_for_the_longest_rows_is_tried_on_the_shortes
 ):
     real, tried = LossFunction._difference, []
 
-    def short_of_memory(self, rows, chunk, device):
+    def short_of_memory(self, rows, chunk, device, trial):
         tried.append(int(rows.lengths[chunk].max()))
         if len(tried) == 1:
             raise torch.OutOfMemoryError("too long")
-        return real(self, rows, chunk, device)
+        return real(self, rows, chunk, device, trial)
 
     monkeypatch.setattr(LossFunction, "_difference", short_of_memory)
     job = make_job()
@@ -330,7 +330,7 @@ def out_of_memory_above(monkeypatch, num_rows: int) -> list[int]:
         if len(chunk) > num_rows:
             raise torch.OutOfMemoryError(f"{len(chunk)} rows are too many")
         done.append(len(chunk))
-        return real(self, rows, chunk, device)
+        return real(self, rows, chunk, device, trial)
 
     monkeypatch.setattr(LossFunction, "batch", batch)
     return done
