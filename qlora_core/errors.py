@@ -85,6 +85,14 @@ class StoreError(UserError):
     """The store cannot be read or written."""
 
 
+class StoreAwayError(StoreError):
+    """The store cannot be read or written just now: full, read-only, or its disk is out of reach.
+
+    Somebody may be mending it, so training waits for it a few times; what it fails at with any
+    other `StoreError` (a folder that is not ours, say) stays as it is until a person changes it.
+    """
+
+
 class ResourceError(UserError):
     """More was asked for than the machine or the cluster has."""
 
@@ -123,6 +131,19 @@ class NoRoomError(LaunchError):
     """The cluster had no places for workers for a long time."""
 
 
+_PASSING = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.ENOENT,  # a mount that was dropped: what was made there is gone
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+)
+"""What a disk or a network may get over without anybody changing the recipe."""
+
+
 def from_json(fields: dict[str, str]) -> QLoraError:
     """Rebuild an error from `QLoraError.to_json`; an unknown type becomes a plain QLoraError."""
     known = {cls.__name__: cls for cls in _tree(QLoraError)}
@@ -147,9 +168,11 @@ def storage_error(error: OSError, path: object, doing: str = "write") -> StoreEr
         errno.EIO: ("the disk, or the network to it, has failed", "Look at the disk or its mount"),
         errno.ESTALE: ("its network file system has lost track of it", "Look at the mount"),
         errno.ETIMEDOUT: ("its network file system does not answer", "Look at the mount"),
+        errno.ENOTCONN: ("what its file system talks to is gone", "Look at the mount"),
     }
     why, fix = reasons.get(error.errno or 0, (str(error), "Check the path"))
-    return StoreError(
+    kind = StoreAwayError if error.errno in _PASSING else StoreError
+    return kind(
         f"cannot {doing} {path}: {why}.",
         fix=f"{fix} (workspace.store, or QLORAFLOW_HOME); earlier artefacts are intact.",
     )

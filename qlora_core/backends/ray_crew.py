@@ -75,14 +75,15 @@ class RayCrew:
 
     def _watch(self, driver: DriverProcess, follower: "ReplyFollower") -> bool:
         impatient_at = time.monotonic() + _PATIENCE_S
-        while not driver.has_answered():
+        is_over = False
+        while not is_over or follower.tail.is_behind:
+            is_over = driver.has_answered()
             self.check()
             follower.catch_up()
             if time.monotonic() > impatient_at and not follower.heard:
                 self.say(f"no worker of {self.cluster.address} has answered yet; still waiting")
                 impatient_at = float("inf")
             time.sleep(_POLL_S)
-        follower.catch_up()
         outcome = driver.outcome()
         if outcome:
             raise from_json(outcome)

@@ -84,6 +84,10 @@ class Voice(Protocol):
     def heard_at(self) -> float:
         """When the job last got on, by this process's monotonic clock."""
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the last look into the store failed, so that there may be more."""
+
     def catch_up(self, *, is_end: bool = False) -> None:
         """Pass on what is new; at the end, what was kept back, too."""
 
@@ -108,6 +112,11 @@ class JobVoice:
     def heard_at(self) -> float:
         """When the last step came."""
         return self.steps.heard_at
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there may be more steps or notes than could be read."""
+        return self.follower.is_behind
 
     def catch_up(self, *, is_end: bool = False) -> None:
         """Pass on what is new."""

@@ -42,7 +42,11 @@ class Orders:
     say: Callable[[str], None]
 
     def found(self) -> JobOrder | None:
-        """Return the order whose job runs or has finished; stop jobs of any other."""
+        """Return the order whose job runs or has finished; stop jobs of any other.
+
+        Raises:
+            StoreError: It cannot be seen which that is; none is stopped.
+        """
         known = self._known()
         order = self._last()
         for name, job in known.items():
@@ -80,12 +84,12 @@ class Orders:
         return {name: job for name, job in ids.items() if name.startswith(opening)}
 
     def _last(self) -> JobOrder | None:
-        launch = read_record(self.scratch).launch
-        try:
-            text = order_file(self.scratch, launch).read_text("utf-8")
-            return JobOrder.model_validate_json(text)
-        except (OSError, ValueError):  # none, or of another version of this project
-            return None
+        file = order_file(self.scratch, read_record(self.scratch).launch)
+        with storing(file, "read"):  # its job would be taken for one of an attempt that is over
+            try:
+                return JobOrder.model_validate_json(file.read_text("utf-8"))
+            except (FileNotFoundError, ValueError):  # none, or of another version of this project
+                return None
 
     def _running(self, order: JobOrder, job: RayJob | None) -> JobOrder | None:
         if job is None or job.is_over or not _is_carried_out_by(order, order.submission_id):

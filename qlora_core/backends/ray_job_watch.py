@@ -24,10 +24,12 @@ from qlora_core.errors import (
     LaunchError,
     QLoraError,
     ResourceError,
+    StoreAwayError,
     TrainingError,
     UserError,
     from_json,
 )
+from qlora_core.training.journal import glimpsed
 
 PATIENCE_S = 600.0
 """With a cluster that is away: a head that moves to another machine takes minutes."""
@@ -67,6 +69,7 @@ class JobWatch:
 
         Raises:
             OutOfReachError: The endpoint stayed away; the job is left alone.
+            StoreAwayError: The store was out of reach for long; the job is left alone as well.
             LostDriverError: The job is over, and nobody knows why.
             QLoraError: What the job ended with, or what ``check`` raises; the job is stopped.
         """
@@ -74,7 +77,7 @@ class JobWatch:
             if is_new:
                 self._submit()
             self._follow()
-        except OutOfReachError:
+        except (OutOfReachError, StoreAwayError):  # ours: of the job, the next launch takes care
             raise
         except BaseException:
             self._stop()
@@ -114,12 +117,14 @@ class JobWatch:
         Raises:
             QLoraError: It is, and this is how.
         """
-        if error := self.order.final_error():
+        if error := glimpsed(self.order.final_error):
             raise error
-        answer = self.order.answer()
+        answer = glimpsed(self.order.answer)
         if answer is None:
             return False
         self.voice.catch_up()
+        if self.voice.is_behind:
+            return False  # with the next look, all steps
         if answer:
             raise from_json(answer)
         return True

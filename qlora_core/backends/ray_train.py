@@ -8,7 +8,6 @@ on from the newest verified snapshot.
 Nothing of Ray is imported here; the driver is a process of its own (`ray_process`).
 """
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -27,9 +26,17 @@ from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.attempt import next_launch
 from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.durable import reserve
-from qlora_core.training.journal import JOURNAL_FILE, NOTES_FILE, StepTail, Tail
+from qlora_core.training.journal import (
+    JOURNAL_FILE,
+    NOTES_FILE,
+    PATIENCE_S,
+    StepTail,
+    Tail,
+    glimpsed,
+)
 
 _POLL_S = 0.1
+_WORTH_A_WORD_S = 10.0  # a store that cannot be read
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,7 @@ class StepFollower:
     on_step: Callable[[StepMetrics], None]
     say: Callable[[str], None]
     last_step: int | None = None
+    _is_told: bool = field(default=False, init=False)
 
     @classmethod
     def of(
@@ -137,26 +145,46 @@ class StepFollower:
         list(notes.lines())  # what earlier runs said was told then
         return cls(StepTail(job.scratch / JOURNAL_FILE), notes, on_step, say)
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the last look into the store failed, so that there may be more."""
+        return self.notes.is_behind or self.steps.tail.is_behind
+
     def catch_up(self) -> None:
-        """Pass on what is new."""
+        """Pass on what is new.
+
+        Raises:
+            StoreError: It could not be read for a long time, or never will.
+        """
         for note in self.notes.lines():
             self.say(note)
         for metrics in self.steps.steps():
             self.on_step(metrics)
             self.last_step = metrics.step
+        self._tell_of_a_store_that_is_away()
+
+    def _tell_of_a_store_that_is_away(self) -> None:
+        is_long = self.steps.tail.failing_s >= _WORTH_A_WORD_S
+        if is_long and not self._is_told:
+            self.say(
+                "The store cannot be read from here, so no news of training comes. It may well go "
+                f"on; waiting up to {PATIENCE_S:g} s."
+            )
+        self._is_told = is_long
 
 
 def _watch(
     driver: DriverProcess, spec: RaySpec, follower: StepFollower, check: Callable[[], None]
 ) -> bool:
     """Follow a driver to its end; return whether it finished, False if it was lost."""
-    while not driver.has_answered() and not spec.error_file.exists():
+    is_over = False
+    while not is_over or follower.is_behind:
+        is_over = is_over or driver.has_answered() or glimpsed(spec.final_error) is not None
         check()
         follower.catch_up()
         time.sleep(_POLL_S)
-    follower.catch_up()
-    if spec.error_file.exists():
-        raise from_json(json.loads(spec.error_file.read_text("utf-8")))
+    if error := spec.final_error():
+        raise error
     outcome = driver.outcome()
     if outcome:
         raise from_json(outcome)
@@ -165,6 +193,8 @@ def _watch(
 
 def last_lines(path: Path, count: int = 15) -> str:
     """Return the end of a log."""
-    if not path.exists():
+    try:
+        text = path.read_text("utf-8", errors="replace")
+    except OSError:  # none, or out of reach: what is told with it matters more
         return ""
-    return "\n".join(path.read_text("utf-8", errors="replace").splitlines()[-count:])
+    return "\n".join(text.splitlines()[-count:])

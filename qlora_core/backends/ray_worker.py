@@ -5,6 +5,7 @@ bug) is written down for the launcher, which ends the run at once; Ray would sta
 again. A lost peer is left to Ray.
 """
 
+import json
 import os
 import time
 import traceback
@@ -14,7 +15,14 @@ from typing import Any
 
 from qlora_core.artifacts import Frozen, Incident
 from qlora_core.config import ClusterConfig, SnapshotConfig
-from qlora_core.errors import CollectiveError, QLoraError, StoreError, TrainingError, storing
+from qlora_core.errors import (
+    CollectiveError,
+    QLoraError,
+    StoreError,
+    TrainingError,
+    from_json,
+    storing,
+)
 from qlora_core.ports import TrainJob
 
 LOG_FILE = "ray.log"
@@ -54,6 +62,18 @@ class RaySpec(Frozen):
     def error_file(self) -> Path:
         """Where a worker leaves an error that is final."""
         return self.job.scratch / f"error-{self.launch}.json"
+
+    def final_error(self) -> QLoraError | None:
+        """Return what a worker has left there; None as long as none has.
+
+        Raises:
+            StoreError: It cannot be looked at.
+        """
+        with storing(self.error_file, "read"):
+            try:
+                return from_json(json.loads(self.error_file.read_text("utf-8")))
+            except (FileNotFoundError, ValueError):  # none, or over a network not whole yet
+                return None
 
 
 class WorkerOrder(Frozen):

@@ -21,6 +21,7 @@ from qlora_core.errors import (
     NoRoomError,
     NotFiniteError,
     QLoraError,
+    StoreAwayError,
     StoreError,
 )
 from qlora_core.training.incidents import count, note
@@ -67,7 +68,7 @@ class Triage:
         match error:
             case NotFiniteError():
                 return self._once_more(error, step), 0.0
-            case StoreError():
+            case StoreAwayError():
                 return self._later(error)
             case KilledError():
                 return self._smaller(error), 0.0
@@ -87,7 +88,7 @@ class Triage:
         remedy = "Trying once more from the last snapshot."
         return Incident(kind="not_finite", what=error.what, remedy=remedy)
 
-    def _later(self, error: StoreError) -> tuple[Incident, float]:
+    def _later(self, error: StoreAwayError) -> tuple[Incident, float]:
         if self._num_pauses >= len(self.pauses_s):
             raise error
         pause_s = self.pauses_s[self._num_pauses]

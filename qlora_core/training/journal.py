@@ -7,21 +7,26 @@ the file anew from the snapshot's copy, by rename, so no reader ever sees half o
 of workers decides, so the same training leaves the same bytes.
 """
 
-import errno
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from qlora_core.artifacts import Frozen
-from qlora_core.errors import storing
+from qlora_core.errors import StoreAwayError, storing
 from qlora_core.ports import StepMetrics
 from qlora_core.training.durable import replace_durably
+
+T = TypeVar("T")
 
 JOURNAL_FILE = "journal.jsonl"
 CURVE_FILE = "curve.jsonl"
 NOTES_FILE = "notes.txt"
 """What a person should know, one line each, in the scratch folder; it grows on the way."""
+PATIENCE_S = 600.0
+"""With a file of others that cannot be read just now."""
 VALIDATIONS_FILE = "validations.jsonl"
 """In the scratch folder: one `Validation` a line."""
 
@@ -101,29 +106,56 @@ class Validation(Frozen):
 
 
 class Tail:
-    """Follows a file that another process appends to or replaces; gives whole lines only."""
+    """Follows a file that another process appends to or replaces; gives whole lines only.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Whoever writes may be well where a reader's own way to the disk fails for a moment (or the file
+    was replaced over NFS while it was read). So that means that nothing new is known yet: it is
+    read later, and told only after ``patience_s`` without a look that worked.
+    """
+
+    def __init__(self, path: Path, patience_s: float = PATIENCE_S) -> None:
+        self._path, self._patience_s = path, patience_s
         self._inode, self._offset = -1, 0
+        self._failing_since: float | None = None
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the last look failed, so that there may be more."""
+        return self._failing_since is not None
+
+    @property
+    def failing_s(self) -> float:
+        """How long no look has worked [seconds]."""
+        since = self._failing_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def lines(self) -> Iterator[str]:
         """Yield the lines that came since the last call; all of them after a replacement.
 
         Raises:
-            StoreError: The file cannot be read.
+            StoreAwayError: The file could not be read for longer than there is patience.
+            StoreError: It cannot be read until a person changes that.
         """
-        with storing(self._path, "read"):
-            try:
+        yield from self._read().decode("utf-8", "replace").splitlines()
+
+    def _read(self) -> bytes:
+        try:
+            with storing(self._path, "read"):
                 whole = self._whole_lines()
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ESTALE):
-                    raise
-                return  # not there yet, or replaced over NFS while it was read: see the next call
-        yield from whole.decode("utf-8", "replace").splitlines()
+        except StoreAwayError:
+            self._failing_since = self._failing_since or time.monotonic()
+            if self.failing_s >= self._patience_s:
+                raise
+            return b""
+        self._failing_since = None
+        return whole
 
     def _whole_lines(self) -> bytes:
-        with self._path.open("rb") as file:
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:  # not there yet
+            return b""
+        with file:
             status = os.fstat(file.fileno())
             if status.st_ino != self._inode or status.st_size < self._offset:
                 self._inode, self._offset = status.st_ino, 0
@@ -133,16 +165,26 @@ class Tail:
         return whole
 
 
+def glimpsed(look: Callable[[], T | None]) -> T | None:
+    """Return what is seen; None, as where there is nothing, if the store cannot be read just now.
+
+    For who looks again and again. How long that goes on is for a `Tail` beside it to count.
+    """
+    with suppress(StoreAwayError):
+        return look()
+    return None
+
+
 class StepTail:
     """Follows a journal: every step once and in order, however often the journal starts anew."""
 
     def __init__(self, path: Path) -> None:
-        self._tail = Tail(path)
+        self.tail = Tail(path)
         self._last_step = 0
 
     def steps(self) -> Iterator[StepMetrics]:
         """Yield the steps that came since the last call."""
-        for line in self._tail.lines():
+        for line in self.tail.lines():
             metrics = StepMetrics.model_validate_json(line)
             if metrics.step == self._last_step + 1:
                 self._last_step = metrics.step

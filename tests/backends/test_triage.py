@@ -12,6 +12,7 @@ from qlora_core.errors import (
     NoRoomError,
     NotFiniteError,
     ResourceError,
+    StoreAwayError,
     StoreError,
     TrainingError,
 )
@@ -23,7 +24,16 @@ def kinds(folder):
 
 
 @pytest.mark.parametrize(
-    "error", [ConfigError, DataError, ModelError, ResourceError, TrainingError, CollectiveError]
+    "error",
+    [
+        ConfigError,
+        DataError,
+        ModelError,
+        StoreError,
+        ResourceError,
+        TrainingError,
+        CollectiveError,
+    ],
 )
 def test_what_has_no_remedy_ends_the_run_as_it_is(error, tmp_path):
     with pytest.raises(error, match="the rows"):
@@ -56,10 +66,10 @@ def test_a_loss_that_is_never_finite_is_not_tried_for_ever(tmp_path):
 
 
 def test_a_full_store_gets_a_few_tries_with_longer_and_longer_pauses(tmp_path):
-    triage, error = Triage(tmp_path, 5, pauses_s=(1.0, 2.0)), StoreError("the disk is full")
+    triage, error = Triage(tmp_path, 5, pauses_s=(1.0, 2.0)), StoreAwayError("the disk is full")
 
     pauses = [triage.remedy(error, None, "0001")[1] for _ in range(2)]
-    with pytest.raises(StoreError, match="the disk is full"):
+    with pytest.raises(StoreAwayError, match="the disk is full"):
         triage.remedy(error, None, "0001")
 
     assert pauses == [1.0, 2.0]
@@ -68,7 +78,7 @@ def test_a_full_store_gets_a_few_tries_with_longer_and_longer_pauses(tmp_path):
 def test_a_store_too_full_for_the_history_is_no_other_error(tmp_path):
     missing = tmp_path / "gone"
 
-    incident, _ = Triage(missing, 5).remedy(StoreError("the disk is full"), None, "0001")
+    incident, _ = Triage(missing, 5).remedy(StoreAwayError("the disk is full"), None, "0001")
 
     assert "trying again" in incident.sentence()
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from qlora_core.errors import (
     ClusterError,
     CollectiveError,
     QLoraError,
+    StoreAwayError,
     StoreError,
     hiccups_told,
 )
@@ -192,7 +194,6 @@ def test_a_snapshots_folder_that_cannot_be_listed_is_not_an_empty_one(resumable,
     [
         (read_record, "ATTEMPT"),
         (history, INCIDENTS_FILE),
-        (lambda scratch: list(Tail(scratch / "journal.jsonl").lines()), "journal.jsonl"),
     ],
 )
 def test_what_cannot_be_read_is_not_taken_for_missing(read, name, code, tmp_path, monkeypatch):
@@ -207,17 +208,50 @@ def test_what_cannot_be_read_is_not_taken_for_missing(read, name, code, tmp_path
         read(scratch)
 
 
-def test_a_journal_that_was_replaced_while_it_was_read_is_read_again(tmp_path, monkeypatch):
+@pytest.fixture
+def followed(tmp_path):
+    """Return a journal of one step, which nobody has read yet."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    journal, tail = Journal(scratch / "journal.jsonl"), Tail(scratch / "journal.jsonl")
-    journal.append(step_metrics(1))
-    FaultyDisk((scratch,)).install(monkeypatch).fail_at(
-        "open scratch/journal.jsonl rb", errno.ESTALE
-    )
+    Journal(scratch / "journal.jsonl").append(step_metrics(1))
+    return scratch / "journal.jsonl"
 
-    assert list(tail.lines()) == []
+
+def break_reading(journal: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the next look at it."""
+    disk = FaultyDisk((journal.parent,)).install(monkeypatch)
+    disk.fail_at(f"open scratch/{journal.name} rb", code)
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
+def test_who_follows_a_journal_reads_later_what_the_disk_does_not_give_now(
+    code, followed, monkeypatch
+):
+    tail = Tail(followed)
+    break_reading(followed, code, monkeypatch)
+
+    assert (list(tail.lines()), tail.is_behind) == ([], True)
+    assert (len(list(tail.lines())), tail.is_behind) == (1, False)
+
+
+def test_a_journal_that_cannot_be_read_for_long_is_told(followed, monkeypatch):
+    tail = Tail(followed, patience_s=0.2)
+    deadline_s = time.monotonic() + 10.0
+    with monkeypatch.context() as broken, pytest.raises(StoreAwayError, match="has failed"):
+        while time.monotonic() < deadline_s:
+            break_reading(followed, errno.EIO, broken)
+            assert list(tail.lines()) == []
+
     assert len(list(tail.lines())) == 1
+    break_reading(followed, errno.EIO, monkeypatch)
+    assert list(tail.lines()) == [], "patience begins anew after a look that worked"
+
+
+def test_a_journal_that_may_not_be_read_is_told_at_once(followed, monkeypatch):
+    break_reading(followed, errno.EACCES, monkeypatch)
+
+    with pytest.raises(StoreError, match="permission denied"):
+        list(Tail(followed).lines())
 
 
 def test_an_input_that_is_missing_is_told_as_that_and_one_out_of_reach_as_the_stores(
