@@ -76,7 +76,7 @@ class RayCrew:
     def _watch(self, driver: DriverProcess, follower: "ReplyFollower") -> bool:
         impatient_at = time.monotonic() + _PATIENCE_S
         is_over = False
-        while not is_over or follower.tail.is_behind:
+        while not is_over or follower.tail.patience.is_behind:
             is_over = driver.has_answered()
             self.check()
             follower.catch_up()

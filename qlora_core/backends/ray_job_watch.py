@@ -29,7 +29,7 @@ from qlora_core.errors import (
     UserError,
     from_json,
 )
-from qlora_core.training.journal import glimpsed
+from qlora_core.training.journal import Patience
 
 PATIENCE_S = 600.0
 """With a cluster that is away: a head that moves to another machine takes minutes."""
@@ -60,6 +60,7 @@ class JobWatch:
     _ask_at: float = field(default=0.0, init=False)
     _away_since: float | None = field(default=None, init=False)
     _over_since: float | None = field(default=None, init=False)
+    _looks: Patience = field(default_factory=Patience, init=False)
 
     def run(self, *, is_new: bool) -> None:
         """Follow the job until its result is there.
@@ -117,9 +118,9 @@ class JobWatch:
         Raises:
             QLoraError: It is, and this is how.
         """
-        if error := glimpsed(self.order.final_error):
+        if error := self._looks.look(self.order.final_error):
             raise error
-        answer = glimpsed(self.order.answer)
+        answer = self._looks.look(self.order.answer)
         if answer is None:
             return False
         self.voice.catch_up()

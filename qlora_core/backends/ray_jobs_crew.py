@@ -91,7 +91,7 @@ class ReplyVoice:
     @property
     def is_behind(self) -> bool:
         """Whether there may be more replies than could be read."""
-        return self.follower.tail.is_behind
+        return self.follower.tail.patience.is_behind
 
     def catch_up(self, *, is_end: bool = False) -> None:
         """Pass on what is new; at the end, what was kept back, too."""

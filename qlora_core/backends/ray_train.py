@@ -30,9 +30,9 @@ from qlora_core.training.journal import (
     JOURNAL_FILE,
     NOTES_FILE,
     PATIENCE_S,
+    Patience,
     StepTail,
     Tail,
-    glimpsed,
 )
 
 _POLL_S = 0.1
@@ -148,7 +148,7 @@ class StepFollower:
     @property
     def is_behind(self) -> bool:
         """Whether the last look into the store failed, so that there may be more."""
-        return self.notes.is_behind or self.steps.tail.is_behind
+        return self.notes.patience.is_behind or self.steps.tail.patience.is_behind
 
     def catch_up(self) -> None:
         """Pass on what is new.
@@ -164,7 +164,7 @@ class StepFollower:
         self._tell_of_a_store_that_is_away()
 
     def _tell_of_a_store_that_is_away(self) -> None:
-        is_long = self.steps.tail.failing_s >= _WORTH_A_WORD_S
+        is_long = self.steps.tail.patience.failing_s >= _WORTH_A_WORD_S
         if is_long and not self._is_told:
             self.say(
                 "The store cannot be read from here, so no news of training comes. It may well go "
@@ -177,14 +177,14 @@ def _watch(
     driver: DriverProcess, spec: RaySpec, follower: StepFollower, check: Callable[[], None]
 ) -> bool:
     """Follow a driver to its end; return whether it finished, False if it was lost."""
-    is_over = False
-    while not is_over or follower.is_behind:
-        is_over = is_over or driver.has_answered() or glimpsed(spec.final_error) is not None
+    is_over, looks = False, Patience()
+    while not is_over or follower.is_behind or looks.is_behind:
+        is_over = driver.has_answered()  # first: then what it has written is there
         check()
         follower.catch_up()
+        if error := looks.look(spec.final_error):
+            raise error
         time.sleep(_POLL_S)
-    if error := spec.final_error():
-        raise error
     outcome = driver.outcome()
     if outcome:
         raise from_json(outcome)

@@ -10,7 +10,6 @@ of workers decides, so the same training leaves the same bytes.
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -105,17 +104,15 @@ class Validation(Frozen):
     note: str = ""
 
 
-class Tail:
-    """Follows a file that another process appends to or replaces; gives whole lines only.
+class Patience:
+    """With a store that a reader cannot read just now, while whoever writes there may be well.
 
-    Whoever writes may be well where a reader's own way to the disk fails for a moment (or the file
-    was replaced over NFS while it was read). So that means that nothing new is known yet: it is
-    read later, and told only after ``patience_s`` without a look that worked.
+    A look that fails means that nothing new is known yet; only after ``patience_s`` without a look
+    that worked is it told.
     """
 
-    def __init__(self, path: Path, patience_s: float = PATIENCE_S) -> None:
-        self._path, self._patience_s = path, patience_s
-        self._inode, self._offset = -1, 0
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+        self._patience_s = patience_s
         self._failing_since: float | None = None
 
     @property
@@ -129,6 +126,35 @@ class Tail:
         since = self._failing_since
         return 0.0 if since is None else time.monotonic() - since
 
+    def look(self, read: Callable[[], T]) -> T | None:
+        """Return what ``read`` returns; None if it cannot be read just now.
+
+        Raises:
+            StoreAwayError: So it has been for longer than there is patience.
+            StoreError: It cannot be read until a person changes that.
+        """
+        try:
+            found = read()
+        except StoreAwayError:
+            self._failing_since = self._failing_since or time.monotonic()
+            if self.failing_s >= self._patience_s:
+                raise
+            return None
+        self._failing_since = None
+        return found
+
+
+class Tail:
+    """Follows a file that another process appends to or replaces; gives whole lines only.
+
+    Replaced over NFS while it is read, a file fails once, too: see `Patience`.
+    """
+
+    def __init__(self, path: Path, patience_s: float = PATIENCE_S) -> None:
+        self._path = path
+        self._inode, self._offset = -1, 0
+        self.patience = Patience(patience_s)
+
     def lines(self) -> Iterator[str]:
         """Yield the lines that came since the last call; all of them after a replacement.
 
@@ -136,19 +162,12 @@ class Tail:
             StoreAwayError: The file could not be read for longer than there is patience.
             StoreError: It cannot be read until a person changes that.
         """
-        yield from self._read().decode("utf-8", "replace").splitlines()
+        whole = self.patience.look(self._read) or b""
+        yield from whole.decode("utf-8", "replace").splitlines()
 
     def _read(self) -> bytes:
-        try:
-            with storing(self._path, "read"):
-                whole = self._whole_lines()
-        except StoreAwayError:
-            self._failing_since = self._failing_since or time.monotonic()
-            if self.failing_s >= self._patience_s:
-                raise
-            return b""
-        self._failing_since = None
-        return whole
+        with storing(self._path, "read"):
+            return self._whole_lines()
 
     def _whole_lines(self) -> bytes:
         try:
@@ -164,15 +183,6 @@ class Tail:
             self._offset += len(whole + newline)
         return whole
 
-
-def glimpsed(look: Callable[[], T | None]) -> T | None:
-    """Return what is seen; None, as where there is nothing, if the store cannot be read just now.
-
-    For who looks again and again. How long that goes on is for a `Tail` beside it to count.
-    """
-    with suppress(StoreAwayError):
-        return look()
-    return None
 
 
 class StepTail:

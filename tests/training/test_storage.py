@@ -230,8 +230,8 @@ def test_who_follows_a_journal_reads_later_what_the_disk_does_not_give_now(
     tail = Tail(followed)
     break_reading(followed, code, monkeypatch)
 
-    assert (list(tail.lines()), tail.is_behind) == ([], True)
-    assert (len(list(tail.lines())), tail.is_behind) == (1, False)
+    assert (list(tail.lines()), tail.patience.is_behind) == ([], True)
+    assert (len(list(tail.lines())), tail.patience.is_behind) == (1, False)
 
 
 def test_a_journal_that_cannot_be_read_for_long_is_told(followed, monkeypatch):
