@@ -16,6 +16,9 @@
     '- LaunchError                workers or servers were lost: worth another try
        |- CollectiveError         a message between workers failed
        |- KilledError             a process was killed for the memory it took
+       |- DeviceError             a GPU has failed
+       |- WorkersLostError        workers were lost again and again
+       |- HeadLostError           nobody answers where the cluster's head has been
        '- NoRoomError             the cluster had no places for workers for a long time
 
 Errors cross process borders (Ray workers, the training driver, Prefect), so each is rebuilt from
@@ -125,6 +128,18 @@ class CollectiveError(LaunchError):
 
 class KilledError(LaunchError):
     """A process was killed for the memory it took."""
+
+
+class DeviceError(LaunchError):
+    """A GPU has failed; its process cannot use it any more, another one may."""
+
+
+class WorkersLostError(LaunchError):
+    """Workers were lost again and again, each time after new ones had been started."""
+
+
+class HeadLostError(LaunchError):
+    """Nobody answers where the cluster's head has been."""
 
 
 class NoRoomError(LaunchError):

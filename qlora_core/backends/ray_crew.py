@@ -14,6 +14,7 @@ from qlora_core.backends.ray_asker import AskSpec
 from qlora_core.backends.ray_process import DriverProcess, start_driver
 from qlora_core.backends.ray_worker import LOG_FILE
 from qlora_core.backends.replies import parsed
+from qlora_core.backends.triage import LostDriverError
 from qlora_core.config import ClusterConfig
 from qlora_core.errors import LaunchError, from_json
 from qlora_core.ports import AskJob, Batch, Reply
@@ -70,6 +71,8 @@ class RayCrew:
         try:
             driver.give(spec)
             return self._watch(driver, follower)
+        except LostDriverError:  # it says so itself: its line to Ray broke
+            return False
         finally:
             driver.end()
 

@@ -47,10 +47,10 @@ class JobOrder(Frozen):
         Raises:
             StoreError: It cannot be looked at.
         """
-        is_training = isinstance(self.spec, RaySpec)
-        place = self.spec.job.out if is_training else self.spec.replies_file
-        with storing(place, "read"):
-            return place.is_dir() if is_training else place.exists()
+        with storing(self.spec.job.scratch, "read"):
+            if isinstance(self.spec, RaySpec):
+                return self.spec.job.out.is_dir()
+            return self.spec.replies_file.exists()
 
     def final_error(self) -> QLoraError | None:
         """Return what a worker has left for whoever is first to see it: the job is to end.

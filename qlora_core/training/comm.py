@@ -149,5 +149,5 @@ def _losses_told(rank: int) -> Iterator[None]:
             raise
         raise CollectiveError(
             f"worker {rank} lost the others: {error}",
-            why="A worker or its node died or did not answer in time, or Ray starts all of them anew.",
+            why="A worker or its node died, did not answer in time, or Ray starts all anew.",
         ) from error

@@ -184,7 +184,6 @@ class Tail:
         return whole
 
 
-
 class StepTail:
     """Follows a journal: every step once and in order, however often the journal starts anew."""
 
