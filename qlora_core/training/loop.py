@@ -223,7 +223,9 @@ def _in_passes(
             if not is_out_of_memory(error):
                 raise
             run.forget()
-            run.met(run.room.shrink(len(part), str(error)))
+            before, incident = run.room.num_rows, run.room.shrink(len(part), str(error))
+            if run.room.num_rows < before:  # else it was cut before that was known
+                run.met(incident)
             waiting = np.array_split(part, 2) + waiting
         else:
             yield from done
