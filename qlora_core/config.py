@@ -362,7 +362,10 @@ class ClusterConfig(Runtime):
     """How long to wait for nodes of a running cluster that are not there (yet), or for memory that
     others use: there, or on this machine."""
     max_failures: int = Field(5, ge=0)
-    """How often training restarts from its last snapshot after losing a worker."""
+    """How often workers are replaced after one was lost: in one launch of Ray Train, however long
+    it runs. After one more it is launched again if training has gone on from a later snapshot since
+    it was last launched so, else the run ends. Drivers may be lost as often without a later
+    snapshot in between. Changes of the cluster's size and announced preemptions do not count."""
 
     @property
     def min_workers(self) -> int:

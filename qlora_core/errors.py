@@ -16,6 +16,9 @@
     '- LaunchError                workers or servers were lost: worth another try
        |- CollectiveError         a message between workers failed
        |- KilledError             a process was killed for the memory it took
+       |- DeviceError             a GPU has failed
+       |- WorkersLostError        workers were lost again and again
+       |- HeadLostError           nobody answers where the cluster's head has been
        '- NoRoomError             others use the places or the memory that workers need
 
 Errors cross process borders (Ray workers, the training driver, Prefect), so each is rebuilt from
@@ -85,6 +88,14 @@ class StoreError(UserError):
     """The store cannot be read or written."""
 
 
+class StoreAwayError(StoreError):
+    """The store cannot be read or written just now: full, read-only, or its disk is out of reach.
+
+    Somebody may be mending it, so training waits for it a few times; what it fails at with any
+    other `StoreError` (a folder that is not ours, say) stays as it is until a person changes it.
+    """
+
+
 class ResourceError(UserError):
     """More was asked for than the machine or the cluster has."""
 
@@ -119,8 +130,33 @@ class KilledError(LaunchError):
     """A process was killed for the memory it took."""
 
 
+class DeviceError(LaunchError):
+    """A GPU has failed; its process cannot use it any more, another one may."""
+
+
+class WorkersLostError(LaunchError):
+    """Workers were lost again and again, each time after new ones had been started."""
+
+
+class HeadLostError(LaunchError):
+    """Nobody answers where the cluster's head has been."""
+
+
 class NoRoomError(LaunchError):
     """Others use the places or the memory that workers need, for a long time."""
+
+
+_PASSING = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.ENOENT,  # a mount that was dropped: what was made there is gone
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+)
+"""What a disk or a network may get over without anybody changing the recipe."""
 
 
 def from_json(fields: dict[str, str]) -> QLoraError:
@@ -147,9 +183,11 @@ def storage_error(error: OSError, path: object, doing: str = "write") -> StoreEr
         errno.EIO: ("the disk, or the network to it, has failed", "Look at the disk or its mount"),
         errno.ESTALE: ("its network file system has lost track of it", "Look at the mount"),
         errno.ETIMEDOUT: ("its network file system does not answer", "Look at the mount"),
+        errno.ENOTCONN: ("what its file system talks to is gone", "Look at the mount"),
     }
     why, fix = reasons.get(error.errno or 0, (str(error), "Check the path"))
-    return StoreError(
+    kind = StoreAwayError if error.errno in _PASSING else StoreError
+    return kind(
         f"cannot {doing} {path}: {why}.",
         fix=f"{fix} (workspace.store, or QLORAFLOW_HOME); earlier artefacts are intact.",
     )

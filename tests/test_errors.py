@@ -1,9 +1,18 @@
+import errno
 import pickle
 
 import pytest
 
 from qlora_core import errors
-from qlora_core.errors import ConfigError, LaunchError, QLoraError, UserError, from_json
+from qlora_core.errors import (
+    ConfigError,
+    LaunchError,
+    QLoraError,
+    StoreAwayError,
+    StoreError,
+    UserError,
+    from_json,
+)
 
 
 @pytest.mark.parametrize("cls", errors._tree(QLoraError), ids=lambda cls: cls.__name__)
@@ -34,6 +43,31 @@ def test_a_config_error_lists_all_its_problems():
     assert "2 problems" in str(error)
     assert "a: wrong" in str(error)
     assert "b: wrong too" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ENOSPC", StoreAwayError),
+        ("EDQUOT", StoreAwayError),
+        ("EROFS", StoreAwayError),
+        ("EIO", StoreAwayError),
+        ("ESTALE", StoreAwayError),
+        ("ETIMEDOUT", StoreAwayError),
+        ("ENOTCONN", StoreAwayError),
+        ("ENOENT", StoreAwayError),
+        ("EACCES", StoreError),
+        ("EPERM", StoreError),
+        ("ENOTDIR", StoreError),
+        ("EEXIST", StoreError),
+        ("EISDIR", StoreError),
+    ],
+)
+def test_a_store_that_may_come_back_is_told_from_one_that_a_person_must_change(name, kind):
+    error = errors.storage_error(OSError(getattr(errno, name), name), "/store")
+
+    assert type(error) is kind
+    assert type(from_json(error.to_json())) is kind, "over a process border, too"
 
 
 def test_a_full_disk_is_named_as_such():

@@ -5,9 +5,10 @@ A connection is all that is tried. That it is a Ray, and one that we may use, on
 
 import socket
 import time
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from qlora_core.errors import UserError
+from qlora_core.errors import HeadLostError, UserError
 
 _FOUND_BY_RAY = ("auto", "local")  # no addresses: Ray looks on this machine
 _CLIENT_PORT = 10001
@@ -16,8 +17,15 @@ _CONNECT_S = 5.0  # an address that nobody has may never say no
 _PAUSE_S = 0.5
 
 
-def require_ray(address: str, patience_s: float = _PATIENCE_S) -> None:
+def require_ray(
+    address: str, patience_s: float = _PATIENCE_S, check: Callable[[], None] = lambda: None
+) -> None:
     """Return once something listens at ``address``.
+
+    Args:
+        address: Of a Ray.
+        patience_s: How long to ask [seconds].
+        check: Called meanwhile; what it raises ends the waiting.
 
     Raises:
         UserError: Nothing does, or it is no address.
@@ -38,7 +46,39 @@ def require_ray(address: str, patience_s: float = _PATIENCE_S) -> None:
                     fix="Start that cluster (`ray start --head --port=6379`) or correct the "
                     "address; leave both out for a Ray of the run's own.",
                 ) from error
+        check()
         time.sleep(_PAUSE_S)
+
+
+def await_ray(
+    address: str, patience_s: float, say: Callable[[str], None], check: Callable[[], None]
+) -> None:
+    """Return once something listens at ``address``, where a Ray has been: its head may come back.
+
+    Args:
+        address: Of that Ray.
+        patience_s: How long to ask [seconds].
+        say: Told once that it is waited for.
+        check: Called meanwhile; what it raises ends the waiting.
+
+    Raises:
+        HeadLostError: It has not come back.
+    """
+    try:
+        require_ray(address, patience_s=0.0)
+    except UserError:
+        say(f"Nobody answers at {address}, where a Ray has been; waiting up to {patience_s:g} s.")
+    else:
+        return
+    try:
+        require_ray(address, patience_s, check)
+    except UserError as error:
+        raise HeadLostError(
+            f"nobody has answered at {address}, where a Ray has been, for {patience_s:g} s.",
+            why="Its head is lost, or the network to it.",
+            fix="Start the cluster again, there or at another cluster.address, and run again to go "
+            "on from the last snapshot.",
+        ) from error
 
 
 def is_jobs_endpoint(address: str | None) -> bool:

@@ -13,6 +13,7 @@ from qlora_core.backends.ray_address import require_ray
 from qlora_core.backends.ray_asker import AskSpec
 from qlora_core.backends.ray_process import DriverProcess, start_driver
 from qlora_core.backends.replies import parsed
+from qlora_core.backends.triage import LostDriverError
 from qlora_core.config import ClusterConfig
 from qlora_core.errors import LaunchError, from_json
 from qlora_core.ports import AskJob, Batch, Reply
@@ -69,19 +70,22 @@ class RayCrew:
         try:
             driver.give(spec)
             return self._watch(driver, follower)
+        except LostDriverError:  # it says so itself: its line to Ray broke
+            return False
         finally:
             driver.end()
 
     def _watch(self, driver: DriverProcess, follower: "ReplyFollower") -> bool:
         impatient_at = time.monotonic() + _PATIENCE_S
-        while not driver.has_answered():
+        is_over = False
+        while not is_over or follower.tail.patience.is_behind:
+            is_over = driver.has_answered()
             self.check()
             follower.catch_up()
             if time.monotonic() > impatient_at and not follower.heard:
                 self.say(f"no worker of {self.cluster.address} has answered yet; still waiting")
                 impatient_at = float("inf")
             time.sleep(_POLL_S)
-        follower.catch_up()
         outcome = driver.outcome()
         if outcome:
             raise from_json(outcome)

@@ -35,7 +35,7 @@ from qlora_core.backends.ray_work import (
     tell_of_idle_gpus,
 )
 from qlora_core.backends.ray_worker import RayHome, RaySpec, WorkerOrder, unforeseen
-from qlora_core.errors import LaunchError, QLoraError, UserError
+from qlora_core.errors import HeadLostError, LaunchError, QLoraError, UserError
 from qlora_core.training.durable import replace_durably
 
 OBJECT_STORE_BYTES = 80_000_000
@@ -175,7 +175,8 @@ def _connect(home: RayHome) -> None:
             fix="Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its token.",
         ) from error
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise LaunchError(
+        kind = HeadLostError if home.cluster.address else LaunchError
+        raise kind(
             f"Ray does not answer at {home.cluster.address or 'a local address'}: {error}",
             fix="Check cluster.address and that the cluster runs; leave it out for a Ray of the "
             f"run's own. The log: {home.log}",

@@ -17,7 +17,7 @@ from qlora_core.backends.node_probe import Installation
 from qlora_core.backends.ray_work import Spec
 from qlora_core.backends.ray_worker import RaySpec
 from qlora_core.config import ClusterConfig
-from qlora_core.errors import QLoraError, from_json
+from qlora_core.errors import QLoraError, from_json, storing
 from qlora_core.fingerprint import fingerprint
 from qlora_core.training.durable import replace_durably
 
@@ -45,21 +45,35 @@ class JobOrder(Frozen):
 
     @property
     def has_result(self) -> bool:
-        """Whether what it was to leave is still there, if it has succeeded."""
-        if isinstance(self.spec, RaySpec):
-            return self.spec.job.out.is_dir()
-        return self.spec.replies_file.exists()
+        """Whether what it was to leave is still there, if it has succeeded.
+
+        Raises:
+            StoreError: It cannot be looked at.
+        """
+        with storing(self.spec.job.scratch, "read"):
+            if isinstance(self.spec, RaySpec):
+                return self.spec.job.out.is_dir()
+            return self.spec.replies_file.exists()
 
     def final_error(self) -> QLoraError | None:
-        """Return what a worker has left for whoever is first to see it: the job is to end."""
+        """Return what a worker has left for whoever is first to see it: the job is to end.
+
+        Raises:
+            StoreError: It cannot be looked at.
+        """
         return self.spec.final_error() if isinstance(self.spec, RaySpec) else None
 
     def answer(self) -> dict[str, str] | None:
-        """Return what the job answered; None as long as it has not."""
-        try:
-            fields: dict[str, str] = json.loads(self.answer_file.read_bytes())
-        except (FileNotFoundError, ValueError):
-            return None
+        """Return what the job answered; None as long as it has not.
+
+        Raises:
+            StoreError: It cannot be looked at.
+        """
+        with storing(self.answer_file, "read"):
+            try:
+                fields: dict[str, str] = json.loads(self.answer_file.read_bytes())
+            except (FileNotFoundError, ValueError):
+                return None
         return fields
 
     def leave_answer(self, error: QLoraError | None) -> None:

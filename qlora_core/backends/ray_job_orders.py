@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from qlora_core.backends.ray_job_order import JobOrder, order_file, submission_stem
-from qlora_core.backends.ray_job_patience import Patience
+from qlora_core.backends.ray_job_patience import EndpointPatience
 from qlora_core.backends.ray_jobs_client import ClusterAwayError, JobsClient, RayJob
 from qlora_core.config import ClusterConfig
 from qlora_core.errors import QLoraError, from_json, storing
@@ -58,6 +58,7 @@ class Orders:
         Raises:
             OutOfReachError: The endpoint stayed away, or odd; jobs are left alone.
             QLoraError: It will not answer, and no order was given yet.
+            StoreError: It cannot be seen which that is; none is stopped.
         """
         known = self._known()
         order = self._last()
@@ -97,7 +98,7 @@ class Orders:
 
     def _patiently(self, ask: Callable[[], T]) -> T:
         about = f"the jobs for {self.scratch}"
-        patience = Patience(self.client.address, about, self.say, self.patience_s)
+        patience = EndpointPatience(self.client.address, about, self.say, self.patience_s)
         while True:
             try:
                 answer = ask()
@@ -111,12 +112,12 @@ class Orders:
             time.sleep(_PAUSE_S)
 
     def _last(self) -> JobOrder | None:
-        launch = read_record(self.scratch).launch
-        try:
-            text = order_file(self.scratch, launch).read_text("utf-8")
-            return JobOrder.model_validate_json(text)
-        except (OSError, ValueError):  # none, or of another version of this project
-            return None
+        file = order_file(self.scratch, read_record(self.scratch).launch)
+        with storing(file, "read"):  # its job would be taken for one of an attempt that is over
+            try:
+                return JobOrder.model_validate_json(file.read_text("utf-8"))
+            except (FileNotFoundError, ValueError):  # none, or of another version of this project
+                return None
 
     def _running(self, order: JobOrder, job: RayJob | None) -> JobOrder | None:
         if job is None or job.is_over or not _is_carried_out_by(order, order.submission_id):

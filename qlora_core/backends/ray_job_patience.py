@@ -1,4 +1,4 @@
-"""Patience with an endpoint that is away, or answers oddly, while a job may be running.
+"""EndpointPatience with an endpoint that is away, or answers oddly, while a job may be running.
 
 A head moves to another machine, a token runs out, a proxy answers 429 or with a page of its own:
 none of it says anything of the job, which goes on. So whatever asking fails with is waited out, and
@@ -20,7 +20,7 @@ class OutOfReachError(LaunchError):
 
 
 @dataclass
-class Patience:
+class EndpointPatience:
     """With one endpoint, for as long as it takes to answer, but not without end."""
 
     address: str

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from qlora_core.backends.ray_job_order import JobOrder, found_last_word, order_file
-from qlora_core.backends.ray_job_patience import OutOfReachError, Patience
+from qlora_core.backends.ray_job_patience import EndpointPatience, OutOfReachError
 from qlora_core.backends.ray_jobs_client import (
     ClusterAwayError,
     JobsClient,
@@ -28,10 +28,12 @@ from qlora_core.backends.triage import LostDriverError
 from qlora_core.errors import (
     QLoraError,
     ResourceError,
+    StoreAwayError,
     TrainingError,
     UserError,
     from_json,
 )
+from qlora_core.training.journal import Patience
 
 STOP_S = 15.0
 """How long a job that was told to stop is watched."""
@@ -53,9 +55,10 @@ class JobWatch:
     say: Callable[[str], None]
     check: Callable[[], None]
     patience_s: float
-    _patience: Patience = field(init=False)
+    _patience: EndpointPatience = field(init=False)
     _ask_at: float = field(default=0.0, init=False)
     _over_since: float | None = field(default=None, init=False)
+    _looks: Patience = field(default_factory=Patience, init=False)
     _may_run: bool = field(default=False, init=False)
     """It was asked for, be it that nobody knows whether that was heard."""
     _is_known: bool = field(default=False, init=False)
@@ -63,7 +66,7 @@ class JobWatch:
 
     def __post_init__(self) -> None:
         about = f"Ray job {self.order.submission_id}"
-        self._patience = Patience(self.client.address, about, self.say, self.patience_s)
+        self._patience = EndpointPatience(self.client.address, about, self.say, self.patience_s)
 
     def run(self, *, is_new: bool) -> None:
         """Follow the job until its result is there.
@@ -73,6 +76,7 @@ class JobWatch:
 
         Raises:
             OutOfReachError: The endpoint stayed away, or odd; the job is left alone.
+            StoreAwayError: The store was out of reach for long; the job is left alone as well.
             LostDriverError: The job is over, and nobody knows why.
             QLoraError: What the job ended with, or what ``check`` raises; the job is stopped.
         """
@@ -83,7 +87,7 @@ class JobWatch:
             else:
                 self.voice.recall()
             self._follow()
-        except OutOfReachError:
+        except (OutOfReachError, StoreAwayError):  # ours: of the job, the next launch takes care
             raise
         except BaseException:
             self._stop()
@@ -132,12 +136,14 @@ class JobWatch:
         Raises:
             QLoraError: It is, and this is how.
         """
-        if error := self.order.final_error():
+        if error := self._looks.look(self.order.final_error):
             raise error
-        answer = self.order.answer()
+        answer = self._looks.look(self.order.answer)
         if answer is None:
             return False
         self.voice.catch_up()
+        if self.voice.is_behind:
+            return False  # with the next look, all steps
         if answer:
             raise from_json(answer)
         return True

@@ -97,6 +97,11 @@ class ReplyVoice:
         follower = ReplyFollower(Tail(job.scratch / REPLIES_FILE), on_reply)
         return cls(follower, LogTeller(job.scratch / LOG_FILE, say))
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether there may be more replies than could be read."""
+        return self.follower.tail.patience.is_behind
+
     def catch_up(self, *, is_end: bool = False) -> None:
         """Pass on what is new; at the end, what was kept back, too."""
         known = len(self.follower.heard)

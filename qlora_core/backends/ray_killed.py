@@ -9,6 +9,7 @@ passes of half as many rows.
 from contextlib import suppress
 from typing import Any
 
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train.v2.api.callback import UserCallback
 
 from qlora_core.artifacts import Incident
@@ -16,12 +17,36 @@ from qlora_core.backends.ray_worker import WorkerOrder
 from qlora_core.errors import StoreError
 from qlora_core.training.incidents import note
 
-_WORDS = ("OutOfMemoryError", "running low on memory")
+_WORDS = "running low on memory"
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """Return what Ray has wrapped into ``error``: what each worker or the controller met."""
+    failures = [*getattr(error, "worker_failures", {}).values()]
+    failures += filter(None, [getattr(error, "controller_failure", None)])
+    return [_unwrapped(failure) for failure in failures or [error]]
 
 
 def is_killed(error: BaseException) -> bool:
-    """Say whether Ray says that it has killed a process for its memory."""
-    return any(words in f"{type(error).__name__}: {error}" for words in _WORDS)
+    """Say whether Ray says that it has killed a process for its memory.
+
+    A traceback is not looked at: that of a GPU out of memory reads much the same.
+    """
+    return any(_is_kill(cause) for cause in causes(error))
+
+
+def _is_kill(cause: BaseException) -> bool:
+    if isinstance(cause, OutOfMemoryError):  # of Ray's; torch has one of that name
+        return True
+    words = str(cause).strip()  # of a lost actor, Ray's alone; of all else, maybe a traceback
+    said = words if isinstance(cause, RayActorError) else words.partition("\n")[0]
+    return isinstance(cause, RayError) and _WORDS in said
+
+
+def _unwrapped(failure: BaseException) -> BaseException:
+    """Return what a worker raised, or what its health check met."""
+    inner = getattr(failure, "_base_exc", None) or getattr(failure, "health_check_failure", None)
+    return _unwrapped(inner) if inner is not None else failure
 
 
 class KillsNoted(UserCallback):  # type: ignore[misc]  # Ray says nothing of its types

@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from qlora_core.backends.local_room import require_memory
-from qlora_core.backends.ray_address import require_ray
+from qlora_core.backends.ray_address import await_ray, require_ray
 from qlora_core.backends.ray_process import DriverProcess, WaitingDriver, start_driver
 from qlora_core.backends.ray_resources import require_local_room
 from qlora_core.backends.ray_voice import TrainingVoice, last_lines
@@ -27,10 +28,11 @@ from qlora_core.errors import QLoraError, from_json, storing
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.attempt import next_launch
 from qlora_core.training.desk import SUMMARY_FILE
-from qlora_core.training.durable import reserve
-from qlora_core.training.journal import JOURNAL_FILE, LOG_FILE
+from qlora_core.training.durable import replace_durably, reserve
+from qlora_core.training.journal import JOURNAL_FILE, LOG_FILE, Patience
 
 _POLL_S = 0.1
+_ADDRESS_FILE = "address.txt"  # where something has listened
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class RayTrainLauncher:
 
         Raises:
             TrainingError: Training cannot go on.
-            UserError: Nobody answers at the address of the cluster.
+            UserError: Nobody answers at the address of the cluster, and nobody ever has.
+            HeadLostError: Nobody answers there any more.
             ResourceError: The cluster has not what was asked for.
             StoreError: There is no room for snapshots, say.
             LaunchError: Workers or drivers were lost more often than ``cluster.max_failures``.
@@ -72,7 +75,6 @@ class RayTrainLauncher:
             require_local_room(self.cluster)
         else:
             self.say(f"connecting to Ray at {self.cluster.address}")
-            require_ray(self.cluster.address)
         job = job.absolute()
         with storing(job.scratch):
             job.scratch.mkdir(parents=True, exist_ok=True)
@@ -83,6 +85,7 @@ class RayTrainLauncher:
         while True:
             launch = ""
             try:
+                self._reach_ray(job.scratch)
                 launch = next_launch(job.scratch)
                 self._await_memory(job)
                 return self._launch(job, launch, voice)
@@ -90,6 +93,23 @@ class RayTrainLauncher:
                 incident, pause_s = triage.remedy(error, voice.follower.last_step, launch)
             self.say(incident.sentence())
             self._pause(pause_s)
+
+    def _reach_ray(self, scratch: Path) -> None:
+        """Return when somebody listens at the address: where it was right before, its head may be.
+
+        A wrong address is told within seconds; a head that was lost is waited for like nodes, by
+        whoever has the same scratch folder.
+        """
+        address, before = self.cluster.address, scratch / _ADDRESS_FILE
+        if address is None:
+            return
+        with storing(before, "read"):
+            is_known = before.exists() and before.read_text("utf-8") == address
+        if is_known:
+            await_ray(address, self.cluster.wait_for_nodes_s, self.say, self.check)
+            return
+        require_ray(address, check=self.check)
+        replace_durably(before, address.encode())
 
     def _pause(self, seconds: float) -> None:
         end_s = time.monotonic() + seconds
@@ -147,15 +167,15 @@ def _watch(
     driver: DriverProcess, spec: RaySpec, voice: TrainingVoice, check: Callable[[], None]
 ) -> bool:
     """Follow a driver to its end; return whether it finished, False if it was lost."""
-    error = spec.final_error()
-    while error is None and not driver.has_answered():
+    is_over, looks = False, Patience()
+    while not is_over or voice.is_behind or looks.is_behind:
+        is_over = driver.has_answered()  # first: then what it has written is there
         check()
         voice.catch_up()
+        if error := looks.look(spec.final_error):
+            voice.catch_up()  # steps that were done just before
+            raise error
         time.sleep(_POLL_S)
-        error = spec.final_error()
-    voice.catch_up()
-    if error := error or spec.final_error():  # the worker knows more than the driver
-        raise error
     outcome = driver.outcome()
     if outcome:
         raise from_json(outcome)

@@ -15,12 +15,20 @@ from pathlib import Path
 from typing import Protocol
 
 from qlora_core.ports import StepMetrics, TrainJob
-from qlora_core.training.journal import JOURNAL_FILE, LOG_FILE, NOTES_FILE, StepTail, Tail
+from qlora_core.training.journal import (
+    JOURNAL_FILE,
+    LOG_FILE,
+    NOTES_FILE,
+    PATIENCE_S,
+    StepTail,
+    Tail,
+)
 
 _EVERY_S = 10.0
 _NUM_LINES = 12
 _WIDTH = 240
 _PROGRESS_S = 60.0
+_WORTH_A_WORD_S = 10.0  # a store that cannot be read
 _COLORS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -100,6 +108,10 @@ class Voice(Protocol):
     def heard_at(self) -> float:
         """When the job last got on, by this process's monotonic clock."""
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the last look into the store failed, so that there may be more."""
+
     def catch_up(self, *, is_end: bool = False) -> None:
         """Pass on what is new; at the end, what was kept back, too."""
 
@@ -116,6 +128,7 @@ class StepFollower:
     on_step: Callable[[StepMetrics], None]
     say: Callable[[str], None]
     last_step: int | None = None
+    _is_told: bool = field(default=False, init=False)
 
     @classmethod
     def of(
@@ -126,13 +139,32 @@ class StepFollower:
         list(notes.lines())  # what earlier runs said was told then
         return cls(StepTail(job.scratch / JOURNAL_FILE), notes, on_step, say)
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the last look into the store failed, so that there may be more."""
+        return self.notes.patience.is_behind or self.steps.tail.patience.is_behind
+
     def catch_up(self) -> None:
-        """Pass on what is new."""
+        """Pass on what is new.
+
+        Raises:
+            StoreError: It could not be read for a long time, or never will.
+        """
         for note in self.notes.lines():
             self.say(note)
         for metrics in self.steps.steps():
             self.on_step(metrics)
             self.last_step = metrics.step
+        self._tell_of_a_store_that_is_away()
+
+    def _tell_of_a_store_that_is_away(self) -> None:
+        is_long = self.steps.tail.patience.failing_s >= _WORTH_A_WORD_S
+        if is_long and not self._is_told:
+            self.say(
+                "The store cannot be read from here, so no news of training comes. It may well go "
+                f"on; waiting up to {PATIENCE_S:g} s."
+            )
+        self._is_told = is_long
 
 
 @dataclass
@@ -168,6 +200,11 @@ class TrainingVoice:
         """When the last step came."""
         return self.steps.heard_at
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether there may be more steps or notes than could be read."""
+        return self.follower.is_behind
+
     def catch_up(self, *, is_end: bool = False) -> None:
         """Pass on what is new."""
         self.follower.catch_up()
@@ -180,6 +217,8 @@ class TrainingVoice:
 
 def last_lines(path: Path, count: int = 15) -> str:
     """Return the end of a log."""
-    if not path.exists():
+    try:
+        text = path.read_text("utf-8", errors="replace")
+    except OSError:  # none, or out of reach: what is told with it matters more
         return ""
-    return "\n".join(path.read_text("utf-8", errors="replace").splitlines()[-count:])
+    return "\n".join(text.splitlines()[-count:])

@@ -22,8 +22,17 @@ from qlora_core.backends.ray_asker import AskSpec
 from qlora_core.backends.ray_process import START_S
 from qlora_core.backends.ray_resources import Node, idle_gpus, share_out
 from qlora_core.backends.ray_worker import RaySpec, WorkerOrder, train_on_worker
+from qlora_core.backends.triage import LostDriverError
 from qlora_core.config import ClusterConfig
-from qlora_core.errors import KilledError, LaunchError, NoRoomError, QLoraError, ResourceError
+from qlora_core.errors import (
+    KilledError,
+    LaunchError,
+    NoRoomError,
+    QLoraError,
+    ResourceError,
+    WorkersLostError,
+)
+from qlora_core.training.attempt import read_record
 from qlora_core.training.journal import add_notes, noted
 
 _NOT_STARTED = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
@@ -46,12 +55,20 @@ def carry_out(cluster: ClusterConfig, spec: Spec, launcher: Installation) -> Non
         ResourceError: The cluster has not what was asked for.
         ClusterError: Nodes are not ready for it.
         LaunchError: Workers were lost too often or found no room, or nodes do not answer.
+        LostDriverError: The line to Ray broke.
         QLoraError: What a worker met.
     """
+    try:
+        _carry_out(cluster, spec, launcher)
+    except ConnectionError as error:
+        raise _line_lost(error, spec.log) from error
+
+
+def _carry_out(cluster: ClusterConfig, spec: Spec, launcher: Installation) -> None:
     from qlora_core.backends.ray_preflight import require_ready
 
     one_more = isinstance(spec, RaySpec) and spec.snapshots.validate_beside
-    cpus, gpus = shares(cluster, lambda note: _tell(spec, note), one_more=one_more)
+    cpus, gpus = _shares_again(cluster, spec, one_more=one_more)
     tell_of_idle_gpus(cluster, gpus, lambda: spec)
     errand = (
         asking_errand(spec.job, gpus)
@@ -166,6 +183,17 @@ def await_room(
         pause(_ROOM_POLL_S)
 
 
+def _shares_again(cluster: ClusterConfig, spec: Spec, *, one_more: bool) -> tuple[int, float]:
+    """Return `shares`; that too few nodes are there may pass, where there once were enough."""
+    try:
+        return shares(cluster, lambda note: _tell(spec, note), one_more=one_more)
+    except ResourceError as error:
+        had = read_record(spec.job.scratch).num_workers if isinstance(spec, RaySpec) else ()
+        if max(had, default=0) < cluster.min_workers:
+            raise
+        raise NoRoomError(error.what, why=error.why, fix=error.fix) from error
+
+
 def _tell(spec: Spec, note: str) -> None:
     """Tell the person who watches a training; of an evaluation, the log says it."""
     print(note, flush=True)  # noqa: T201  # into the log
@@ -204,8 +232,10 @@ def fit(cluster: ClusterConfig, order: WorkerOrder, gpus: float, storage: Path) 
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from qlora_core.backends.ray_killed import KillsNoted
+    from qlora_core.backends.ray_places import PlacesAwaited
 
-    cpus = order.num_threads
+    cpus, most = order.num_threads, _most_starts(cluster)
+    waiting = [PlacesAwaited(cluster, order, most * START_S)] if _may_shrink(cluster) else []
     trainer = TorchTrainer(
         train_on_worker,
         train_loop_config=order.model_dump(mode="json"),
@@ -221,14 +251,14 @@ def fit(cluster: ClusterConfig, order: WorkerOrder, gpus: float, storage: Path) 
             storage_path=str(storage),
             failure_config=FailureConfig(
                 max_failures=cluster.max_failures,
-                controller_failure_limit=_most_starts(cluster),
+                controller_failure_limit=most,
             ),
-            callbacks=[KillsNoted(order)],
+            callbacks=[KillsNoted(order), *waiting],
         ),
     )
     try:
         trainer.fit()
-    except (TrainingFailedError, RayError) as error:
+    except (TrainingFailedError, RayError, ConnectionError) as error:  # the last: over ray://
         failure: Exception = error
         return failure
     return None
@@ -237,6 +267,11 @@ def fit(cluster: ClusterConfig, order: WorkerOrder, gpus: float, storage: Path) 
 def _most_starts(cluster: ClusterConfig) -> int:
     """Return how often in all Ray Train may find no places: it takes 65 s to lose a node."""
     return max(_LEAST_STARTS, math.ceil(cluster.wait_for_nodes_s / START_S))
+
+
+def _may_shrink(cluster: ClusterConfig) -> bool:
+    """Say whether Ray Train counts places first, and has no bound for that (`ray_places`)."""
+    return cluster.address is not None and not isinstance(cluster.workers, int)
 
 
 def _num_workers(cluster: ClusterConfig) -> int | tuple[int, int]:
@@ -252,14 +287,16 @@ def outcome(error: Exception, cluster: ClusterConfig, log: Path) -> QLoraError:
         cluster: How often workers might be lost.
         log: What drivers and workers said.
     """
-    from ray.train import ControllerError
+    from ray.train import ControllerError, WorkerGroupError
 
-    from qlora_core.backends.ray_killed import is_killed
+    from qlora_core.backends.ray_killed import causes, is_killed
 
-    for failure in getattr(error, "worker_failures", {}).values():
-        cause = getattr(failure, "_base_exc", failure)  # Ray wraps it with its traceback
-        if isinstance(cause, QLoraError) and not cause.is_transient:
-            return cause
+    if isinstance(error, ConnectionError):
+        return _line_lost(error, log)
+    told = [cause for cause in causes(error) if isinstance(cause, QLoraError)]
+    for met in told:
+        if not met.is_transient or isinstance(met, NoRoomError):
+            return met
     first_line = str(error).strip().partition("\n")[0]
     if is_killed(error):
         return KilledError(
@@ -273,9 +310,19 @@ def outcome(error: Exception, cluster: ClusterConfig, log: Path) -> QLoraError:
             why="Nodes are missing, or others use them.",
             fix=f"Run again when there is room, to go on from the last snapshot. The log: {log}",
         )
-    return LaunchError(
+    kind = WorkersLostError if isinstance(error, WorkerGroupError) else LaunchError
+    return kind(
         f"Training was interrupted more than cluster.max_failures={cluster.max_failures} "
         f"times: {type(error).__name__}: {first_line}",
-        why="Workers were lost, or could not be started.",
+        why=str(told[0]) if told else "Workers were lost, or could not be started.",
+        fix=f"Run again to go on from the last snapshot. The log: {log}",
+    )
+
+
+def _line_lost(error: ConnectionError, log: Path) -> LostDriverError:
+    """Return what it means that Ray's client has lost its server: over ray://, nothing goes on."""
+    return LostDriverError(
+        f"The line to Ray broke: {str(error)[:300]}",
+        why="Its head is lost, or the network to it.",
         fix=f"Run again to go on from the last snapshot. The log: {log}",
     )

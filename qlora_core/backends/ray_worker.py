@@ -2,7 +2,8 @@
 
 Errors are sorted here. What trying again cannot mend (a loss that is not finite, a full disk, a
 bug) is written down for the launcher, which ends the run at once; Ray would start the workers
-again. A lost peer is left to Ray.
+again. A lost peer is left to Ray, and so is a GPU that failed: its process ends with the group, and
+a new one is placed.
 """
 
 import json
@@ -13,10 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qlora_core.artifacts import Frozen, Incident
+from qlora_core.artifacts import Frozen, Incident, IncidentKind
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import (
     CollectiveError,
+    DeviceError,
+    LaunchError,
     QLoraError,
     StoreError,
     TrainingError,
@@ -62,15 +65,15 @@ class RaySpec(Frozen):
         return self.job.scratch / f"error-{self.launch}.json"
 
     def final_error(self) -> QLoraError | None:
-        """Return the error that a worker has left; None: there is none, or not all of it yet.
+        """Return what a worker has left there; None as long as none has.
 
         Raises:
-            StoreError: It cannot be read just now.
+            StoreError: It cannot be looked at.
         """
         with storing(self.error_file, "read"):
             try:
-                return from_json(json.loads(self.error_file.read_bytes()))
-            except (FileNotFoundError, ValueError):
+                return from_json(json.loads(self.error_file.read_text("utf-8")))
+            except (FileNotFoundError, ValueError):  # none, or over a network not whole yet
                 return None
 
 
@@ -110,7 +113,9 @@ def train_on_worker(plain: dict[str, Any]) -> None:
         if not error.is_transient:
             _leave(spec, error, before)
         elif isinstance(error, CollectiveError):
-            _note(spec, error)
+            _note(spec, error, "collective")
+        elif isinstance(error, DeviceError):
+            _note(spec, error, "lost_gpu")
         raise
     except Exception as error:
         unknown = unforeseen(error, f"Worker {os.environ.get('RANK', '0')}", spec.log)
@@ -182,11 +187,11 @@ def _leave(spec: RaySpec, error: QLoraError, before: int) -> None:
             replace_reserved(spec.error_file, text)
 
 
-def _note(spec: RaySpec, error: CollectiveError) -> None:
+def _note(spec: RaySpec, error: LaunchError, kind: IncidentKind) -> None:
     from qlora_core.training.incidents import note
 
     incident = Incident(
-        kind="collective",
+        kind=kind,
         what=error.what.partition("\n")[0][:300],
         remedy="New workers go on from the last snapshot.",
         launch=spec.launch,

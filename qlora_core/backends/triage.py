@@ -5,24 +5,29 @@ failed collective) does not come here; the workers note it when they start again
 a person can mend go straight through.
 
 Bounds: a loss that is not finite is tried once more after the same step, and three times in all; a
-store that cannot be written gets as many tries as there are pauses; a cluster without room is asked
-three times more after each step that it got to; drivers may be lost ``max_failures`` times; passes
-are halved until they have one row (the workers say when).
+cluster without room, or without a head, is asked three times more after each step that it got to;
+passes are halved until they have one row (the workers say when). Where training gets on in between,
+trouble begins to count anew: a store that cannot be used gets as many tries as there are pauses,
+drivers may be lost ``max_failures`` times, and where Ray has given up on workers it is asked again.
 """
 
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora_core.artifacts import Incident
+from qlora_core.artifacts import Incident, IncidentKind
 from qlora_core.errors import (
+    HeadLostError,
     KilledError,
     LaunchError,
     NoRoomError,
     NotFiniteError,
     QLoraError,
+    StoreAwayError,
     StoreError,
+    WorkersLostError,
 )
+from qlora_core.training.attempt import read_record
 from qlora_core.training.incidents import count, note
 
 PAUSES_S = (5.0, 20.0, 60.0)
@@ -37,14 +42,49 @@ class LostDriverError(LaunchError):
 
 
 @dataclass
+class _Streak:
+    """How often something has happened since training last got on.
+
+    It has got on when it has gone on from a later snapshot: steps that are in none have to be done
+    again, so they may come a little farther each time for nothing.
+    """
+
+    scratch: Path
+    num: int = 0
+    _reached: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._reached = self._now()
+
+    def has_got_on(self) -> bool:
+        """Say whether training has got on since this was asked last."""
+        before, self._reached = self._reached, max(self._reached, self._now())
+        return self._reached > before
+
+    def one_more(self) -> int:
+        """Return how often it has happened, now included."""
+        self.num = 1 if self.has_got_on() else self.num + 1
+        return self.num
+
+    def _now(self) -> int:
+        with suppress(StoreError):
+            return max(read_record(self.scratch).started_after, default=0)
+        return 0
+
+
+@dataclass
 class Triage:
     """One call's remedies; what the history holds of earlier calls counts where it says so."""
 
     scratch: Path
     max_failures: int
     pauses_s: tuple[float, ...] = PAUSES_S
-    _num_lost: int = field(default=0, init=False)
-    _num_pauses: int = field(default=0, init=False)
+    _lost: _Streak = field(init=False)
+    _away: _Streak = field(init=False)
+    _given_up: _Streak = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._lost, self._away, self._given_up = (_Streak(self.scratch) for _ in range(3))
 
     def remedy(self, error: QLoraError, step: int | None, launch: str) -> tuple[Incident, float]:
         """Return what is done about ``error``, and how long to wait before [seconds].
@@ -67,14 +107,18 @@ class Triage:
         match error:
             case NotFiniteError():
                 return self._once_more(error, step), 0.0
-            case StoreError():
+            case StoreAwayError():
                 return self._later(error)
             case KilledError():
                 return self._smaller(error), 0.0
             case LostDriverError():
                 return self._again(error), 0.0
+            case WorkersLostError():
+                return self._anew(error), 0.0
             case NoRoomError():
-                return self._wait(error, step), _ROOM_PAUSE_S
+                return self._wait(error, step, "no_room"), _ROOM_PAUSE_S
+            case HeadLostError():
+                return self._wait(error, step, "lost_head"), _ROOM_PAUSE_S
             case _:
                 raise error
 
@@ -87,11 +131,11 @@ class Triage:
         remedy = "Trying once more from the last snapshot."
         return Incident(kind="not_finite", what=error.what, remedy=remedy)
 
-    def _later(self, error: StoreError) -> tuple[Incident, float]:
-        if self._num_pauses >= len(self.pauses_s):
+    def _later(self, error: StoreAwayError) -> tuple[Incident, float]:
+        num_tries = self._away.one_more()
+        if num_tries > len(self.pauses_s):
             raise error
-        pause_s = self.pauses_s[self._num_pauses]
-        self._num_pauses += 1
+        pause_s = self.pauses_s[num_tries - 1]
         remedy = f"Earlier snapshots are intact; trying again in {pause_s:g} s."
         return Incident(kind="storage", what=error.what, remedy=remedy), pause_s
 
@@ -105,13 +149,18 @@ class Triage:
         remedy = "Starting again from the last snapshot."
         return Incident(kind="lost_driver", what="Ray's driver process was lost.", remedy=remedy)
 
-    def _wait(self, error: NoRoomError, step: int | None) -> Incident:
-        if count(self.scratch, "no_room", step) >= _MOST_WITHOUT_ROOM:
+    def _anew(self, error: WorkersLostError) -> Incident:
+        if not self._given_up.has_got_on():
+            raise error
+        remedy = "Training got on in between: starting again from the last snapshot."
+        return Incident(kind="ray_gave_up", what=error.what, remedy=remedy)
+
+    def _wait(self, error: LaunchError, step: int | None, kind: IncidentKind) -> Incident:
+        if count(self.scratch, kind, step) >= _MOST_WITHOUT_ROOM:
             raise error
         remedy = f"Asking again in {_ROOM_PAUSE_S:g} s, from the last snapshot."
-        return Incident(kind="no_room", what=error.what, remedy=remedy)
+        return Incident(kind=kind, what=error.what, remedy=remedy)
 
     def _lose(self, error: LaunchError) -> None:
-        self._num_lost += 1
-        if self._num_lost > self.max_failures:
+        if self._lost.one_more() > self.max_failures:
             raise error

@@ -149,8 +149,11 @@ class _Underway:
 def _losses_told(rank: int) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
+        # Ray ends the group under a thread that computes, too; what follows is any error of torch's
+        if not isinstance(error, RuntimeError) and dist.is_initialized():
+            raise
         raise CollectiveError(
             f"worker {rank} lost the others: {error}",
-            why="A worker or its node died, or did not answer in time.",
+            why="A worker or its node died, did not answer in time, or Ray starts all anew.",
         ) from error

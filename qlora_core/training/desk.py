@@ -181,7 +181,8 @@ def _why_again(
     if before.num_workers[-1] != num_workers:
         what = f"There are {num_workers} workers where there were {before.num_workers[-1]}."
         return Incident(kind="resized", what=what, remedy="They share the same steps.")
-    if any(past.unix_time > before.claimed_s for past in history(job.scratch)):
+    since = (past for past in history(job.scratch) if past.unix_time > before.claimed_s)
+    if any(past.kind != "halved" for past in since):  # which ends no worker
         return None
     return Incident(
         kind="lost_worker",

@@ -9,11 +9,16 @@ kind            how it is known                        remedy
 ==============  =====================================  ============================================
 out_of_memory   the kernel or Ray killed a process     passes of half as many rows, last snapshot;
                                                        with one row once more as it is, then the end
+halved          a pass ran out of memory               passes of half as many rows, this step again
 killed_nearby   the kernel killed one of this machine  last snapshot; passes have one row already
 collective      a message between workers fails        new workers, last snapshot
 lost_worker     a worker is gone without a word        new workers, last snapshot
+lost_gpu        CUDA says so                           new workers, last snapshot
+blind_node      a node that joined lacks the store     wait for it; then new workers, a few times
+ray_gave_up     more losses than ``max_failures``      a new driver, if training got on in between
 resized         the cluster has more or fewer places   other workers, last snapshot
 lost_driver     the driver process is gone             a new driver, last snapshot
+lost_head       nobody answers where a Ray has been    wait, last snapshot; a few times after a step
 no_room         the cluster has no places for workers  wait, last snapshot; a few times after a step
 not_finite      loss or gradient NaN or infinite       last snapshot, once for a step; then the end
 storage         the store cannot be written            wait, last snapshot; a few times

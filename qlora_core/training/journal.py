@@ -7,19 +7,21 @@ the file anew from the snapshot's copy, by rename, so no reader ever sees half o
 of workers decides, so the same training leaves the same bytes.
 """
 
-import errno
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from pydantic import ValidationError
 
 from qlora_core.artifacts import Frozen
-from qlora_core.errors import storing
+from qlora_core.errors import StoreAwayError, storing
 from qlora_core.ports import StepMetrics
 from qlora_core.training.durable import replace_durably
+
+T = TypeVar("T")
 
 JOURNAL_FILE = "journal.jsonl"
 CURVE_FILE = "curve.jsonl"
@@ -27,6 +29,8 @@ NOTES_FILE = "notes.txt"
 """What a person should know, one line each, in the scratch folder; it grows on the way."""
 LOG_FILE = "ray.log"
 """In the scratch folder: what driver and workers say, where there are such."""
+PATIENCE_S = 600.0
+"""With a file of others that cannot be read just now."""
 VALIDATIONS_FILE = "validations.jsonl"
 """In the scratch folder: one `Validation` a line."""
 
@@ -114,30 +118,77 @@ class Validation(Frozen):
     note: str = ""
 
 
-class Tail:
-    """Follows a file that another process appends to or replaces; gives whole lines only."""
+class Patience:
+    """With a store that a reader cannot read just now, while whoever writes there may be well.
 
-    def __init__(self, path: Path) -> None:
+    A look that fails means that nothing new is known yet; only after ``patience_s`` without a look
+    that worked is it told.
+    """
+
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+        self._patience_s = patience_s
+        self._failing_since: float | None = None
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the last look failed, so that there may be more."""
+        return self._failing_since is not None
+
+    @property
+    def failing_s(self) -> float:
+        """How long no look has worked [seconds]."""
+        since = self._failing_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def look(self, read: Callable[[], T]) -> T | None:
+        """Return what ``read`` returns; None if it cannot be read just now.
+
+        Raises:
+            StoreAwayError: So it has been for longer than there is patience.
+            StoreError: It cannot be read until a person changes that.
+        """
+        try:
+            found = read()
+        except StoreAwayError:
+            self._failing_since = self._failing_since or time.monotonic()
+            if self.failing_s >= self._patience_s:
+                raise
+            return None
+        self._failing_since = None
+        return found
+
+
+class Tail:
+    """Follows a file that another process appends to or replaces; gives whole lines only.
+
+    Replaced over NFS while it is read, a file fails once, too: see `Patience`.
+    """
+
+    def __init__(self, path: Path, patience_s: float = PATIENCE_S) -> None:
         self._path = path
         self._inode, self._offset = -1, 0
+        self.patience = Patience(patience_s)
 
     def lines(self) -> Iterator[str]:
         """Yield the lines that came since the last call; all of them after a replacement.
 
         Raises:
-            StoreError: The file cannot be read.
+            StoreAwayError: The file could not be read for longer than there is patience.
+            StoreError: It cannot be read until a person changes that.
         """
-        with storing(self._path, "read"):
-            try:
-                whole = self._whole_lines()
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ESTALE):
-                    raise
-                return  # not there yet, or replaced over NFS while it was read: see the next call
+        whole = self.patience.look(self._read) or b""
         yield from whole.decode("utf-8", "replace").splitlines()
 
+    def _read(self) -> bytes:
+        with storing(self._path, "read"):
+            return self._whole_lines()
+
     def _whole_lines(self) -> bytes:
-        with self._path.open("rb") as file:
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:  # not there yet
+            return b""
+        with file:
             status = os.fstat(file.fileno())
             if status.st_ino != self._inode or status.st_size < self._offset:
                 self._inode, self._offset = status.st_ino, 0
@@ -171,12 +222,12 @@ class StepTail:
     """Follows a journal: every step once and in order, however often the journal starts anew."""
 
     def __init__(self, path: Path) -> None:
-        self._tail = Tail(path)
+        self.tail = Tail(path)
         self._last_step = 0
 
     def steps(self) -> Iterator[StepMetrics]:
         """Yield the steps that came since the last call."""
-        for line in self._tail.lines():
+        for line in self.tail.lines():
             metrics = StepMetrics.model_validate_json(line)
             if metrics.step == self._last_step + 1:
                 self._last_step = metrics.step

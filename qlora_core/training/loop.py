@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qlora_core.artifacts import Incident
 from qlora_core.config import TrainingConfig
 from qlora_core.data.prepared import Rows
 from qlora_core.errors import NotFiniteError
@@ -98,6 +99,8 @@ class Run:
     """Says whether all workers shall look up after this step (`lookout`)."""
     forget: Callable[[], None] = lambda: None
     """Lets go of what a pass that ran out of memory has left in the model."""
+    met: Callable[[Incident], None] = lambda _: None
+    """Told of a pass that was halved."""
     base: ShardedBase | None = None
     """The base, if it lies in parts on all workers."""
     together: Together | None = None
@@ -233,7 +236,9 @@ def _in_passes(
             if not is_out_of_memory(error):
                 raise
             run.forget()
-            run.loss.notes.append(run.room.shrink(len(part), str(error)))
+            before, incident = run.room.num_rows, run.room.shrink(len(part), str(error))
+            if run.room.num_rows < before:  # else it was cut before that was known
+                run.met(incident)
             waiting = np.array_split(part, 2) + waiting
         else:
             yield from done

@@ -24,7 +24,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from qlora_core.artifacts import Frozen
+from qlora_core.artifacts import Frozen, Incident
 from qlora_core.config import AdapterConfig, QuantizationConfig, TrainingConfig
 from qlora_core.data.prepared import Rows
 from qlora_core.errors import ResourceError
@@ -219,8 +219,8 @@ class Room:
             )
         return found
 
-    def shrink(self, num_rows: int, why: str) -> str:
-        """Halve a pass of ``num_rows`` that ran out of memory; return what to tell.
+    def shrink(self, num_rows: int, why: str) -> Incident:
+        """Halve a pass of ``num_rows`` that ran out of memory; return what to write down.
 
         Raises:
             ResourceError: It was a single row.
@@ -232,9 +232,11 @@ class Room:
                 fix=SMALLER,
             )
         self.num_rows = min(self.num_rows, math.ceil(num_rows / 2))
-        return (
-            f"A pass of {num_rows} rows ran out of memory; from there on passes have at most "
-            f"{self.num_rows} rows. The rows of a step stay the same, and so does the result."
+        return Incident(
+            kind="halved",
+            what=f"A pass of {num_rows} rows ran out of memory.",
+            remedy=f"From there on passes have at most {self.num_rows} rows. The rows of a step "
+            "stay the same, and so does the result.",
         )
 
 

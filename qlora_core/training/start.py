@@ -6,39 +6,80 @@ given one more chance, as a neighbour may have taken the memory, and ends the ru
 """
 
 import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from qlora_core.artifacts import Incident
-from qlora_core.errors import ClusterError, ResourceError, storing
+from qlora_core.errors import ClusterError, LaunchError, ResourceError, StoreError, storing
 from qlora_core.ports import TrainJob
+from qlora_core.training.attempt import read_record
 from qlora_core.training.comm import Comm
 from qlora_core.training.incidents import count, ended_with, note
+from qlora_core.training.journal import add_notes
 from qlora_core.training.killed import Counted, killed_since_last_start
 from qlora_core.training.room import SMALLER
 
 _MOST_KILLED = 2
 """With passes of one row."""
+_LOOKS = 12
+_PAUSE_S = 5.0
+"""Between two looks for the store on a node that joined: its mount may take a minute."""
 
 
-def require_store(job: TrainJob, comm: Comm) -> None:
+def require_store(job: TrainJob, comm: Comm, launch: str) -> None:
     """Return once every worker sees the folder that the launcher has made.
 
     Nothing is made here: a node without the store would find its own disk in order. All workers
     raise together, as one that does not see the store cannot leave its error there.
 
+    Where others have trained in this launch, it is a node that joined late, and its mount may be
+    later still: it is waited for, and then Ray is left to try again, as often as it may.
+
     Raises:
         ClusterError: Nodes do not see it.
+        LaunchError: Nodes that came later do not see it.
         StoreError: It cannot be read just now.
     """
-    with storing(job.scratch, "read"):
-        blind = _node_without(job.scratch)
-    if nodes := sorted(set(filter(None, comm.gather(blind)))):
-        raise ClusterError(
-            f"{job.scratch} is not there on {', '.join(nodes)}.",
-            why="The launcher made it in the store; every node must see the same store.",
-            fix="Mount the store at the same path there, for reading and writing, or name one that "
-            "every node sees (workspace.store, or QLORAFLOW_HOME).",
-        )
+    for look in range(_LOOKS):
+        with storing(job.scratch, "read"):
+            told = comm.gather(_seen_here(job.scratch, launch))
+        blind = [node for node, _ in told]
+        if not any(blind):
+            return
+        missing = _missing(job.scratch, blind)
+        if not any(has_begun for _, has_begun in told):
+            raise missing
+        if look == 0 and comm.rank == blind.index(None):
+            _tell_of(missing, job.scratch, launch)
+        time.sleep(_PAUSE_S)
+    raise LaunchError(missing.what, why=missing.why, fix=missing.fix)
+
+
+def _missing(scratch: Path, blind: list[str | None]) -> ClusterError:
+    return ClusterError(
+        f"{scratch} is not there on {', '.join(sorted(set(filter(None, blind))))}.",
+        why="The launcher made it in the store; every node must see the same store.",
+        fix="Mount the store at the same path there, for reading and writing, or name one that "
+        "every node sees (workspace.store, or QLORAFLOW_HOME).",
+    )
+
+
+def _tell_of(missing: ClusterError, scratch: Path, launch: str) -> None:
+    """Tell why training stands still: one worker does, that sees the store."""
+    remedy = f"Waiting {_LOOKS * _PAUSE_S:g} s for it there; then new workers."
+    incident = Incident(kind="blind_node", what=missing.what, remedy=remedy, launch=launch)
+    with suppress(StoreError):  # the others wait for this one's next word
+        note(scratch, incident)
+        add_notes(scratch, [incident.sentence()])
+
+
+def _seen_here(scratch: Path, launch: str) -> tuple[str | None, bool]:
+    """Return this node's name if it does not see the store, and whether the launch has trained."""
+    if blind := _node_without(scratch):
+        return blind, False
+    record = read_record(scratch)
+    return None, record.launch == launch and bool(record.token)
 
 
 def _node_without(folder: Path) -> str | None:

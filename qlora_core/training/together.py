@@ -18,6 +18,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from qlora_core.artifacts import Incident
 from qlora_core.modeling.sharding import ShardedBase
 from qlora_core.training.batching import Indices
 from qlora_core.training.comm import Comm
@@ -52,7 +53,8 @@ class Together:
     room: Room
     """Has the same number of rows on all workers."""
     device: torch.device
-    notes: list[str]
+    met: Callable[[Incident], None]
+    """Told on rank 0 that all have halved their passes."""
     forget: Callable[[], None]
     """Lets go of what a pass that ran out of memory has left in the model."""
     _num_failed_rows: int = 0
@@ -88,7 +90,9 @@ class Together:
             return False
         failed = max(self.comm.gather([self._num_failed_rows, self._why]))
         self._num_failed_rows, self._why = 0, ""
-        self.notes.append(self.room.shrink(*failed))
+        incident = self.room.shrink(*failed)
+        if self.comm.rank == 0:
+            self.met(incident)
         return True
 
     def _computed(self, compute: Callable[[Indices], R], rows: Indices) -> list[R]:

@@ -10,7 +10,7 @@ rows. What was measured goes to ``<scratch>/summary.json``.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,15 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from qlora_core.artifacts import Incident
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.data.prepared import Rows, read_split
-from qlora_core.errors import DataError, ModelError, ResourceError, hiccups_told
+from qlora_core.errors import (
+    DataError,
+    ModelError,
+    StoreError,
+    hiccups_told,
+)
 from qlora_core.modeling.dense import dense_weights
 from qlora_core.modeling.dropout import dropped_by_row
 from qlora_core.modeling.fusing import always_here, fused
@@ -38,14 +44,20 @@ from qlora_core.training import snapshot
 from qlora_core.training.batching import Plan, plan_training
 from qlora_core.training.comm import Comm
 from qlora_core.training.desk import LastWord, job_fingerprint, open_desk
+from qlora_core.training.device import device_errors
+from qlora_core.training.incidents import note
+from qlora_core.training.journal import add_notes
 from qlora_core.training.lanes import open_lanes
 from qlora_core.training.lookout import Lookout
 from qlora_core.training.loop import Position, Run, train
-from qlora_core.training.memory import is_out_of_memory, memory_for_worker, peak_memory_bytes
+from qlora_core.training.memory import (
+    memory_for_worker,
+    peak_memory_bytes,
+)
 from qlora_core.training.objective import LossFunction
 from qlora_core.training.optimizer import FlatGradients, make_optimizer, restore
 from qlora_core.training.placing import Placement, demand_of, place_base
-from qlora_core.training.room import SMALLER, Demand, Passes, Room, find_room
+from qlora_core.training.room import Demand, Passes, Room, find_room
 from qlora_core.training.start import agree_on_halvings, require_store
 from qlora_core.training.together import Together
 from qlora_core.training.trying import Trial
@@ -83,15 +95,17 @@ def run_worker(
         ClusterError: Nodes do not see the store.
         StoreError: Snapshots or results cannot be written, or inputs not be read just now.
         LaunchError: A newer attempt has taken over, or other workers are gone.
+        DeviceError: A GPU has failed.
     """
     notes: list[str] = []
     lookout = lookout or Lookout()
-    with _memory_errors():
-        require_store(job, comm)
+    with device_errors():
+        require_store(job, comm, launch)
         num_halvings = agree_on_halvings(job, comm, launch, notes)
         before = _passes_before(job, comm)
         run = _prepare(job, comm, device, notes, cluster, num_halvings, before)
         position, steps = _go_on(run, job, notes)
+        run = replace(run, met=_teller(job, comm, launch, position, notes))
         if comm.rank == 0:
             desk = open_desk(run, job, snapshots, launch, position.step, steps, notes)
             desk.tell(on_step)
@@ -104,6 +118,28 @@ def run_worker(
     words = comm.gather(_last_word(run).model_dump())
     if comm.rank == 0:
         desk.finish(position, [LastWord(**word) for word in words])
+
+
+def _teller(
+    job: TrainJob, comm: Comm, launch: str, position: Position, notes: list[str]
+) -> Callable[[Incident], None]:
+    """Return what puts an incident into the history, and tells it to the person who watches.
+
+    Rank 0's notes are told after each step, those of others at the end alone: so they tell it here.
+    """
+
+    def tell(incident: Incident) -> None:
+        who = f"Worker {comm.rank}: " if comm.rank else ""
+        found = {"step": position.step, "launch": launch, "what": who + incident.what}
+        told = incident.model_copy(update=found)
+        with suppress(StoreError):  # no reason to end a pass: whoever saves will meet it
+            note(job.scratch, told)
+            if comm.rank:
+                add_notes(job.scratch, [told.sentence()])
+        if not comm.rank:
+            notes.append(told.sentence())
+
+    return tell
 
 
 def _last_word(run: Run) -> LastWord:
@@ -205,6 +241,7 @@ def assemble(
         loss=loss,
         room=room,
         gradients=FlatGradients(parameters),
+        met=lambda incident: loss.notes.append(incident.sentence()),
         base=base,
         passes=tuple(Passes(**each) for each in passes),
     )
@@ -324,7 +361,7 @@ def fast_paths(run: Run) -> Iterator[Run]:
 def _together(run: Run, forget: Callable[[], None]) -> Together | None:
     if run.base is None:
         return None
-    return Together(run.base, run.comm, run.room, run.device, run.loss.notes, forget)
+    return Together(run.base, run.comm, run.room, run.device, run.met, forget)
 
 
 def _num_lanes(
@@ -333,17 +370,3 @@ def _num_lanes(
     if device.type != "cpu" or loss.draws or is_sharded:  # one block is here, for one lane
         return 1
     return min(torch.get_num_threads(), micro_batch)
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ResourceError(
-            "The device ran out of memory outside of a pass.",  # those are halved
-            why=str(error).partition("\n")[0][:300],
-            fix=SMALLER,
-        ) from error

@@ -1,5 +1,6 @@
 """Which job a flow submits, attaches to, takes for done, or stops; the cluster is scripted."""
 
+import errno
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from qlora_core.errors import (
     DataError,
     LaunchError,
     ResourceError,
+    StoreAwayError,
     StoreError,
     TrainingError,
     UserError,
@@ -36,6 +38,7 @@ from qlora_core.errors import (
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.attempt import next_launch
 from qlora_core.training.incidents import history
+from qlora_core.training.journal import Tail
 from tests.backends.jobs_endpoint import (
     CancelledError,
     Endpoint,
@@ -45,6 +48,7 @@ from tests.backends.jobs_endpoint import (
     raising,
     serving,
 )
+from tests.training.faulty_disk import FaultyDisk, numberless
 from tests.training.steps import step_metrics
 
 
@@ -287,26 +291,83 @@ def test_a_lost_job_is_started_again_under_the_next_number_and_no_step_told_twic
     assert [incident.kind for incident in history(job.scratch)] == ["lost_driver"]
 
 
-def test_a_full_store_is_waited_for_and_a_result_is_not_trained_twice(endpoint, job):
+def test_a_full_store_is_waited_for_and_a_result_is_not_trained_twice(endpoint, job, monkeypatch):
     def fill_up(order) -> None:
         if order.spec.launch == "0001":
-            endpoint.fail(order, StoreError("the disk is full"))
+            endpoint.fail(order, StoreAwayError("the disk is full"))
         else:
             endpoint.finish(order)
 
     endpoint.on_submit = fill_up
-    job.out.write_text("in the way")  # handing over fails at first as well
+    disk = FaultyDisk((job.out,)).install(monkeypatch)
+    disk.fail_at("mkdir out", errno.ENOSPC)  # handing over fails at first as well
 
-    def make_room() -> None:
-        if len(history(job.scratch)) == 2:
-            job.out.unlink(missing_ok=True)
-
-    flow = Flow(endpoint, pauses_s=(0.0, 0.2), check=make_room).train(job)
+    flow = Flow(endpoint, pauses_s=(0.0, 0.0)).train(job)
 
     assert [name[-4:] for name in endpoint.jobs] == ["0001", "0002"]
     assert flow.numbers == [1, 2, 3]
     kinds = [incident.kind for incident in history(job.scratch)]
     assert kinds == ["storage", "storage"]
+
+
+def test_a_store_that_is_in_the_way_is_a_persons_to_change_and_tried_once(endpoint, job):
+    endpoint.on_submit = endpoint.finish
+    job.out.write_text("in the way")
+
+    with pytest.raises(StoreError, match="a file is in the way"):
+        Flow(endpoint).train(job)
+
+    assert history(job.scratch) == ()
+    assert [known["status"] for known in endpoint.jobs.values()] == ["SUCCEEDED"]
+
+
+@pytest.mark.parametrize("file", ["error-#.json r", "answer-#.json rb", "journal.jsonl rb"])
+def test_a_disk_that_hiccups_while_a_job_is_followed_costs_neither_job_nor_steps(
+    file, endpoint, job, monkeypatch
+):
+    disk = FaultyDisk((job.scratch,)).install(monkeypatch)
+    operation = f"open {numberless(job.scratch.name)}/{file}"
+
+    def fail() -> None:
+        disk.fail_at(operation, errno.EIO)
+
+    checks = {f"c{number}": fail for number in range(6, 12)}
+    checks["c12"] = lambda: endpoint.finish(*endpoint.orders.values())
+    flow = Flow(endpoint, check=at_check(**checks, c13=fail, c14=fail)).train(job)
+
+    assert operation in disk.done
+    assert flow.numbers == [1, 2, 3]
+    assert [known["status"] for known in endpoint.jobs.values()] == ["SUCCEEDED"]
+    assert history(job.scratch) == ()
+
+
+def test_a_store_that_stays_out_of_reach_of_the_flow_leaves_the_job_alone(
+    endpoint, job, monkeypatch
+):
+    monkeypatch.setattr(Tail.__init__, "__defaults__", (0.0,))
+    disk = FaultyDisk((job.scratch,)).install(monkeypatch)
+    journal = f"open {numberless(job.scratch.name)}/journal.jsonl rb"
+
+    with pytest.raises(StoreAwayError, match="has failed"):
+        Flow(
+            endpoint, pauses_s=(), check=at_check(c6=lambda: disk.fail_at(journal, errno.EIO))
+        ).train(job)
+
+    assert [known["status"] for known in endpoint.jobs.values()] == ["RUNNING"]
+
+
+def test_an_order_that_cannot_be_read_just_now_is_not_taken_for_none(endpoint, job, monkeypatch):
+    with pytest.raises(OutOfReachError):
+        Flow(endpoint, check=death()).train(job)
+    (order,) = endpoint.orders.values()
+    disk = FaultyDisk((job.scratch,)).install(monkeypatch)
+    disk.fail_at(f"open {numberless(job.scratch.name)}/job-#.json r", errno.ESTALE)
+
+    finish = at_check(c3=lambda: endpoint.finish(order))
+    flow = Flow(endpoint, pauses_s=(0.0,), check=finish).train(job)
+
+    assert list(endpoint.jobs) == [order.submission_id], "the job that ran went on"
+    assert flow.numbers == [1, 2, 3]
 
 
 def test_jobs_lost_again_and_again_end_with_their_last_words(endpoint, job):

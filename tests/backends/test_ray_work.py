@@ -7,8 +7,13 @@ from contextlib import nullcontext
 import pytest
 import ray
 import ray.train
-from ray.train import ControllerError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+import torch
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 
 from qlora_core.backends import ray_driver, ray_job_entry, ray_work
 from qlora_core.backends.node_probe import own_installation
@@ -17,14 +22,19 @@ from qlora_core.backends.ray_killed import KillsNoted
 from qlora_core.backends.ray_preflight import is_booked
 from qlora_core.backends.ray_work import await_room, outcome, shares, tell_of_idle_gpus
 from qlora_core.backends.ray_worker import RayHome, RaySpec, WorkerOrder, _is_preempted, _leave
+from qlora_core.backends.triage import LostDriverError
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import (
     CollectiveError,
+    DeviceError,
+    HeadLostError,
+    KilledError,
     LaunchError,
     NoRoomError,
     ResourceError,
     TrainingError,
     UserError,
+    WorkersLostError,
     from_json,
 )
 from qlora_core.training.attempt import claim, next_launch
@@ -115,9 +125,104 @@ def test_a_worker_that_ray_killed_for_its_memory_makes_the_next_ones_passes_smal
     noted.after_exception(None, {0: ValueError("an error"), 1: RuntimeError("lost")})
     assert history(spec.job.scratch) == ()
 
+    on_one_row = ResourceError(
+        "The device ran out of memory on a single row.", why="torch.OutOfMemoryError: CUDA"
+    )
+    noted.after_exception(
+        None, {0: UserExceptionWithTraceback(on_one_row, traceback_of(on_one_row))}
+    )
+    noted.after_exception(None, {0: torch.OutOfMemoryError("CUDA out of memory")})
+    assert history(spec.job.scratch) == (), "what a device has too little of is not Ray's doing"
+
     noted.after_exception(None, {0: RuntimeError("lost"), 1: killed})
     assert count(spec.job.scratch, "out_of_memory") == 1
     assert "worker 1" in history(spec.job.scratch)[0].what
+
+
+@pytest.mark.parametrize(
+    "killed",
+    [
+        ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory."),
+        WorkerHealthCheckFailedError(
+            "poll failed", ray.exceptions.OutOfMemoryError("the node was running low on memory")
+        ),
+        ray.exceptions.ActorUnavailableError("died:\nthe node was running low on memory", None),
+    ],
+)
+def test_ray_is_understood_wherever_it_says_that_it_has_killed_a_worker(killed, tmp_path):
+    for error in (WorkerGroupError("[Rank 0]", {0: killed}), ControllerError(killed)):
+        assert isinstance(outcome(error, ELSEWHERE, tmp_path / "log"), KilledError)
+
+
+def test_a_device_out_of_memory_is_the_recipes_and_no_kill_of_rays(tmp_path):
+    error = ResourceError("The device ran out of memory on a single row.")
+    wrapped = UserExceptionWithTraceback(error, traceback_of(error))
+
+    found = outcome(WorkerGroupError("torch.OutOfMemoryError", {1: wrapped}), ELSEWHERE, tmp_path)
+
+    assert found is error
+
+
+def traceback_of(error: Exception) -> str:
+    return f"torch.OutOfMemoryError: CUDA out of memory\n{error}"
+
+
+def test_workers_lost_more_often_than_they_may_be_are_told_with_what_the_last_one_said(tmp_path):
+    gone = DeviceError("A GPU of node7 has failed: CUDA error: uncorrectable ECC error")
+    error = WorkerGroupError("[Rank 0]", {0: gone, 1: RuntimeError("lost")})
+
+    found = outcome(error, ELSEWHERE, tmp_path / "log")
+
+    assert type(found) is WorkersLostError
+    assert "node7" in found.why
+
+
+def test_places_that_were_not_found_arrive_as_that(tmp_path):
+    error = NoRoomError("2 workers have found no places.")
+
+    assert outcome(ControllerError(error), ELSEWHERE, tmp_path / "log") is error
+
+
+@pytest.mark.parametrize("way", ["fit", "preflight"])
+def test_a_line_to_ray_that_breaks_is_a_lost_driver_and_no_bug(way, spec, monkeypatch, tmp_path):
+    broken = ConnectionError("Client is shutting down.")
+    if way == "fit":
+        error = outcome(broken, ELSEWHERE, tmp_path / "log")
+    else:
+
+        def lose() -> None:
+            raise broken
+
+        monkeypatch.setattr(ray, "nodes", lose)
+        with pytest.raises(LostDriverError) as caught:
+            ray_work.carry_out(ELSEWHERE, spec)
+        error = caught.value
+
+    assert isinstance(error, LostDriverError)
+    assert "shutting down" in error.what
+
+
+def test_nodes_that_are_gone_where_there_were_enough_may_come_back(spec, nodes):
+    nodes([NODE])
+    cluster = ClusterConfig(
+        address="head:6379", workers=3, cpus_per_worker=1, wait_for_nodes_s=0.05
+    )
+    with pytest.raises(ResourceError, match="there is room for 2"):
+        ray_work.carry_out(cluster, spec)
+
+    claim(spec.job.scratch, spec.launch, 0, num_workers=3)
+    with pytest.raises(NoRoomError, match="there is room for 2"):
+        ray_work.carry_out(cluster, spec)
+
+
+def test_a_ray_that_listens_but_does_not_answer_is_worth_another_try(monkeypatch, tmp_path):
+    def refuse(**_):
+        raise ConnectionError("ray client connection timeout")
+
+    monkeypatch.setattr(ray, "init", refuse)
+
+    with pytest.raises(HeadLostError, match="head:6379"):
+        ray_driver._connect(home_of(tmp_path))
 
 
 def home_of(folder, cluster=ELSEWHERE) -> RayHome:

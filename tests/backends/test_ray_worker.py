@@ -8,9 +8,10 @@ import pytest
 from qlora_core.backends import ray_worker
 from qlora_core.backends.ray_worker import RaySpec, WorkerOrder, train_on_worker
 from qlora_core.config import AdapterConfig, QuantizationConfig, SnapshotConfig, TrainingConfig
-from qlora_core.errors import StoreError, storage_error
+from qlora_core.errors import CollectiveError, DeviceError, StoreError, storage_error
 from qlora_core.ports import TrainJob
 from qlora_core.training.durable import hidden_name, reserve
+from qlora_core.training.incidents import history
 from tests.training.faulty_disk import FaultyDisk, numberless
 
 FULL = storage_error(OSError(errno.ENOSPC, "full"), "snapshots")
@@ -80,6 +81,28 @@ def test_where_no_error_can_be_left_ray_gets_the_error_itself(spec, is_reserved,
 
     assert caught.value.to_json() == FULL.to_json()
     assert left(spec) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (DeviceError("A GPU of node7 has failed."), "lost_gpu"),
+        (CollectiveError("worker 0 lost the others"), "collective"),
+    ],
+)
+def test_a_loss_that_ray_mends_is_noted_and_not_left_for_the_launcher(
+    error, kind, spec, monkeypatch
+):
+    def lose(*_):
+        raise error
+
+    monkeypatch.setattr(ray_worker, "_train", lose)
+
+    with pytest.raises(type(error)):
+        train(spec)
+
+    assert left(spec) == []
+    assert [incident.kind for incident in history(spec.job.scratch)] == [kind]
 
 
 def test_a_store_that_cannot_be_asked_for_an_error_is_told_as_that(spec, monkeypatch):

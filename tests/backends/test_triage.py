@@ -7,14 +7,18 @@ from qlora_core.errors import (
     CollectiveError,
     ConfigError,
     DataError,
+    HeadLostError,
     KilledError,
     ModelError,
     NoRoomError,
     NotFiniteError,
     ResourceError,
+    StoreAwayError,
     StoreError,
     TrainingError,
+    WorkersLostError,
 )
+from qlora_core.training.attempt import claim, next_launch
 from qlora_core.training.incidents import history
 
 
@@ -23,7 +27,16 @@ def kinds(folder):
 
 
 @pytest.mark.parametrize(
-    "error", [ConfigError, DataError, ModelError, ResourceError, TrainingError, CollectiveError]
+    "error",
+    [
+        ConfigError,
+        DataError,
+        ModelError,
+        StoreError,
+        ResourceError,
+        TrainingError,
+        CollectiveError,
+    ],
 )
 def test_what_has_no_remedy_ends_the_run_as_it_is(error, tmp_path):
     with pytest.raises(error, match="the rows"):
@@ -56,10 +69,10 @@ def test_a_loss_that_is_never_finite_is_not_tried_for_ever(tmp_path):
 
 
 def test_a_full_store_gets_a_few_tries_with_longer_and_longer_pauses(tmp_path):
-    triage, error = Triage(tmp_path, 5, pauses_s=(1.0, 2.0)), StoreError("the disk is full")
+    triage, error = Triage(tmp_path, 5, pauses_s=(1.0, 2.0)), StoreAwayError("the disk is full")
 
     pauses = [triage.remedy(error, None, "0001")[1] for _ in range(2)]
-    with pytest.raises(StoreError, match="the disk is full"):
+    with pytest.raises(StoreAwayError, match="the disk is full"):
         triage.remedy(error, None, "0001")
 
     assert pauses == [1.0, 2.0]
@@ -68,7 +81,7 @@ def test_a_full_store_gets_a_few_tries_with_longer_and_longer_pauses(tmp_path):
 def test_a_store_too_full_for_the_history_is_no_other_error(tmp_path):
     missing = tmp_path / "gone"
 
-    incident, _ = Triage(missing, 5).remedy(StoreError("the disk is full"), None, "0001")
+    incident, _ = Triage(missing, 5).remedy(StoreAwayError("the disk is full"), None, "0001")
 
     assert "trying again" in incident.sentence()
 
@@ -86,13 +99,72 @@ def test_lost_processes_are_replaced_as_often_as_failures_are_allowed(error, tmp
     assert len(kinds(tmp_path)) == 2
 
 
-def test_a_cluster_without_room_is_asked_a_few_times_more_after_each_step_it_got_to(tmp_path):
-    triage, error = Triage(tmp_path, max_failures=0), NoRoomError("no places")
+def go_on(folder, step):
+    """Have workers start after ``step``, from a snapshot."""
+    claim(folder, next_launch(folder), step)
+
+
+@pytest.mark.parametrize("error", [KilledError("for memory"), LostDriverError("no last words")])
+def test_losses_count_anew_where_training_got_on_in_between(error, tmp_path):
+    triage = Triage(tmp_path, max_failures=1)
+
+    for step in (10, 20, 30):
+        go_on(tmp_path, step)
+        triage.remedy(error, step + 5, "0001")
+    with pytest.raises(type(error)):
+        triage.remedy(error, 99, "0001")  # steps that are in no snapshot
+
+    assert len(kinds(tmp_path)) == 3
+
+
+def test_a_disk_that_is_full_for_a_moment_now_and_then_is_waited_for_each_time(tmp_path):
+    triage, error = Triage(tmp_path, 5, pauses_s=(1.0, 2.0)), StoreAwayError("the disk is full")
+
+    pauses = []
+    for step in (0, 0, 100, 200, 200):
+        go_on(tmp_path, step)
+        pauses.append(triage.remedy(error, step, "0001")[1])
+    with pytest.raises(StoreAwayError):
+        triage.remedy(error, 201, "0001")
+
+    assert pauses == [1.0, 2.0, 1.0, 1.0, 2.0]
+
+
+def test_where_ray_has_given_up_it_is_asked_again_if_training_got_on_in_between(tmp_path):
+    go_on(tmp_path, 50)  # of an earlier call
+    triage, error = Triage(tmp_path, max_failures=5), WorkersLostError("lost six times")
+    go_on(tmp_path, 3000)
+
+    incident, _ = triage.remedy(error, 3100, "0002")
+    with pytest.raises(WorkersLostError):
+        triage.remedy(error, 3200, "0003")
+
+    assert (incident.kind, incident.step) == ("ray_gave_up", 3100)
+    assert kinds(tmp_path) == ["ray_gave_up"]
+
+
+def test_where_ray_has_given_up_and_nothing_was_gained_the_run_ends(tmp_path):
+    go_on(tmp_path, 50)
+    triage = Triage(tmp_path, max_failures=5)
+    go_on(tmp_path, 50)
+
+    with pytest.raises(WorkersLostError):
+        triage.remedy(WorkersLostError("lost six times"), 60, "0002")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(NoRoomError("no places"), "no_room"), (HeadLostError("nobody answers"), "lost_head")],
+)
+def test_a_cluster_that_is_busy_or_away_is_asked_a_few_times_more_after_each_step_it_got_to(
+    error, kind, tmp_path
+):
+    triage = Triage(tmp_path, max_failures=0)
 
     pauses = [triage.remedy(error, 5, "0001")[1] for _ in range(3)]
-    with pytest.raises(NoRoomError):
+    with pytest.raises(type(error)):
         triage.remedy(error, 5, "0001")
     triage.remedy(error, 60, "0002")
 
     assert all(pauses)
-    assert kinds(tmp_path) == ["no_room"] * 4
+    assert kinds(tmp_path) == [kind] * 4

@@ -1,5 +1,6 @@
 """What goes wrong is told apart, counted and kept."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from qlora_core.training.attempt import claim, next_launch
 from qlora_core.training.comm import Alone
 from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.incidents import INCIDENTS_FILE, count, history, note
+from qlora_core.training.journal import NOTES_FILE
 from qlora_core.training.killed import killed_since_last_start
 from qlora_core.training.lookout import Lookout
+from qlora_core.training.objective import LossFunction
 from qlora_core.training.snapshot import FOLDER, load, snapshots_in
 from qlora_core.training.start import agree_on_halvings
 from qlora_core.training.worker import run_worker
@@ -94,6 +97,50 @@ def test_a_worker_killed_for_memory_comes_back_with_half_the_rows_and_the_same_l
         rtol=1e-5,
         atol=0,
     )
+
+
+def test_a_pass_halved_by_another_worker_is_told_at_once_and_halves_nothing_later(
+    make_job, monkeypatch
+):
+    """Worker 1 is short of memory for a while, and worker 0 never is."""
+    job, real, is_short = make_job(micro_batch=4), LossFunction.batch, True
+    notes_after: list[str] = []
+
+    def batch(self, rows, chunk, device):
+        nonlocal is_short
+        if is_short and len(chunk) > 2 and threading.current_thread().name == "worker 1":
+            is_short = False
+            raise torch.OutOfMemoryError("no memory left, says the test")
+        return real(self, rows, chunk, device)
+
+    def work(comm) -> None:
+        threading.current_thread().name = f"worker {comm.rank}"
+
+        def hear(_) -> None:
+            notes_after.append((job.scratch / NOTES_FILE).read_text())
+
+        run_worker(job, comm, RARELY, "0001", CPU, hear)
+
+    monkeypatch.setattr(LossFunction, "batch", batch)
+    run_on_threads(2, work)
+
+    (incident,) = facts(job).incidents
+    assert (incident.kind, incident.launch) == ("halved", "0001")
+    assert "Worker 1: A pass of" in incident.what
+    assert "Worker 1: A pass of" in notes_after[0], "and not at the end alone"
+    assert sum("ran out of memory" in note for note in facts(job).notes) == 1
+    assert agree(job, "0002")[0] == 0, "the next start has as much room as the first"
+
+
+def test_a_worker_lost_after_a_pass_was_halved_is_told_all_the_same(make_job):
+    job = make_job()
+    launch = next_launch(job.scratch)
+    claim(job.scratch, launch, 0)
+    note(job.scratch, Incident(kind="halved", what="A pass of 4 rows.", remedy="2 rows."))
+
+    run_worker(job, Alone(), RARELY, launch, CPU)
+
+    assert [incident.kind for incident in facts(job).incidents] == ["halved", "lost_worker"]
 
 
 class Kernel:

@@ -330,7 +330,7 @@ def out_of_memory_above(monkeypatch, num_rows: int) -> list[int]:
         if len(chunk) > num_rows:
             raise torch.OutOfMemoryError(f"{len(chunk)} rows are too many")
         done.append(len(chunk))
-        return real(self, rows, chunk, device, trial)
+        return real(self, rows, chunk, device)
 
     monkeypatch.setattr(LossFunction, "batch", batch)
     return done
@@ -351,6 +351,8 @@ def test_a_pass_that_runs_out_of_memory_is_halved_and_the_curve_stays(make_job, 
     assert heldout(found) == pytest.approx(heldout(expected), rel=1e-5)
     assert max(done) == facts_of(job).num_rows_per_pass == 2  # after 8 and 4, tried once each
     assert sum("ran out of memory" in note for note in facts_of(job).notes) == 2
+    met = [(incident.kind, incident.step) for incident in facts_of(job).incidents]
+    assert met == [("halved", 0)] * 2, "before the first step was done"
 
 
 def test_a_single_row_that_does_not_fit_ends_training_with_a_way_out(make_job, monkeypatch):

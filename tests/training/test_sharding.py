@@ -179,7 +179,10 @@ def test_that_the_base_lies_in_parts_is_said(stage):
 @pytest.mark.parametrize("fault", ["memory forward", "memory backward"])
 def test_a_worker_short_of_memory_makes_all_halve_their_passes_and_changes_no_result(stage, fault):
     for rank in (0, 1):
-        assert any("at most 2 rows" in note for note in stage.seen(fault, rank).notes)
+        assert stage.seen(fault, rank).error == ""
+    (incident,) = stage.facts(fault).incidents
+    assert (incident.kind, incident.step) == ("halved", 1)
+    assert "at most 2 rows" in incident.remedy
     found, expected = stage.gradients(fault), stage.gradients("whole plain")
     for step, gradient in expected.items():
         torch.testing.assert_close(found[step], gradient, rtol=1e-4, atol=1e-6)

@@ -4,6 +4,8 @@ import errno
 import re
 import shutil
 import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,20 +16,23 @@ from qlora_core.errors import (
     ArtifactError,
     ClusterError,
     CollectiveError,
+    LaunchError,
     QLoraError,
+    StoreAwayError,
     StoreError,
     hiccups_told,
 )
 from qlora_core.ports import TrainJob
-from qlora_core.training import durable
+from qlora_core.training import durable, start
 from qlora_core.training.attempt import claim, next_launch, read_record
 from qlora_core.training.comm import Alone
 from qlora_core.training.desk import job_fingerprint
 from qlora_core.training.incidents import INCIDENTS_FILE, history
-from qlora_core.training.journal import Journal, Tail
+from qlora_core.training.journal import NOTES_FILE, Journal, Tail
 from qlora_core.training.killed import FOLDER as KILLED
 from qlora_core.training.killed import killed_since_last_start
 from qlora_core.training.snapshot import FOLDER, SnapshotWriter, newest_valid, snapshots_in
+from qlora_core.training.start import require_store
 from qlora_core.training.worker import run_worker
 from tests.training.fakes import ThreadComm, run_on_threads
 from tests.training.faulty_disk import FaultyDisk, numberless, reads
@@ -223,7 +228,6 @@ def test_a_snapshots_folder_that_cannot_be_listed_is_not_an_empty_one(resumable,
     [
         (read_record, "ATTEMPT"),
         (history, INCIDENTS_FILE),
-        (lambda scratch: list(Tail(scratch / "journal.jsonl").lines()), "journal.jsonl"),
     ],
 )
 def test_what_cannot_be_read_is_not_taken_for_missing(read, name, code, tmp_path, monkeypatch):
@@ -238,17 +242,52 @@ def test_what_cannot_be_read_is_not_taken_for_missing(read, name, code, tmp_path
         read(scratch)
 
 
-def test_a_journal_that_was_replaced_while_it_was_read_is_read_again(tmp_path, monkeypatch):
+@pytest.fixture
+def followed(tmp_path):
+    """Return a journal of one step, which nobody has read yet."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    journal, tail = Journal(scratch / "journal.jsonl"), Tail(scratch / "journal.jsonl")
-    journal.append(step_metrics(1))
-    FaultyDisk((scratch,)).install(monkeypatch).fail_at(
-        "open scratch/journal.jsonl rb", errno.ESTALE
-    )
+    Journal(scratch / "journal.jsonl").append(step_metrics(1))
+    return scratch / "journal.jsonl"
 
-    assert list(tail.lines()) == []
+
+def break_reading(journal: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the next look at it."""
+    disk = FaultyDisk((journal.parent,)).install(monkeypatch)
+    disk.fail_at(f"open scratch/{journal.name} rb", code)
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
+def test_who_follows_a_journal_reads_later_what_the_disk_does_not_give_now(
+    code, followed, monkeypatch
+):
+    tail = Tail(followed)
+    break_reading(followed, code, monkeypatch)
+
+    assert (list(tail.lines()), tail.patience.is_behind) == ([], True)
+    assert (len(list(tail.lines())), tail.patience.is_behind) == (1, False)
+
+
+def test_a_journal_that_cannot_be_read_for_long_is_told(followed, monkeypatch):
+    tail = Tail(followed, patience_s=0.2)
+    with monkeypatch.context() as broken:
+        break_reading(followed, errno.EIO, broken)
+        assert list(tail.lines()) == []
+        time.sleep(0.2)
+        break_reading(followed, errno.EIO, broken)
+        with pytest.raises(StoreAwayError, match="has failed"):
+            list(tail.lines())
+
     assert len(list(tail.lines())) == 1
+    break_reading(followed, errno.EIO, monkeypatch)
+    assert list(tail.lines()) == [], "patience begins anew after a look that worked"
+
+
+def test_a_journal_that_may_not_be_read_is_told_at_once(followed, monkeypatch):
+    break_reading(followed, errno.EACCES, monkeypatch)
+
+    with pytest.raises(StoreError, match="permission denied"):
+        list(Tail(followed).lines())
 
 
 def test_an_input_that_is_missing_is_told_as_that_and_one_out_of_reach_as_the_stores(
@@ -317,6 +356,52 @@ def test_a_node_without_the_store_is_named_by_all_workers_and_nothing_is_made_th
     assert {str(here.scratch), str(job.scratch)} >= {e.what.partition(" is")[0] for e in told}
     assert all("every node must see the same store" in error.why for error in told)
     assert list(elsewhere.iterdir()) == []
+
+
+def blind_joiner(job: TrainJob, folder: Path, mount) -> tuple[list[QLoraError], str]:
+    """Start a second worker, without the store, in a launch that has trained; return what came."""
+    launch, told = next_launch(job.scratch), []
+    claim(job.scratch, launch, 3)
+    folder.mkdir()
+    here = blinded(job, folder)
+
+    def work(comm: ThreadComm) -> None:
+        try:
+            require_store(here if comm.rank else job, comm, launch)
+        except QLoraError as error:
+            told.append(error)
+
+    mount(here)
+    run_on_threads(2, work)
+    return told, (job.scratch / NOTES_FILE).read_text()
+
+
+def test_a_node_that_joins_without_the_store_is_named_and_ray_left_to_try_again(
+    make_job, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(start, "_PAUSE_S", 0.001)
+    job = make_job()
+
+    errors, said = blind_joiner(job, tmp_path / "joiner", lambda _: None)
+
+    assert [type(error) for error in errors] == [LaunchError] * 2, "no worker's word is final"
+    assert all(f"is not there on {socket.gethostname()}" in error.what for error in errors)
+    assert [incident.kind for incident in history(job.scratch)] == ["blind_node"]
+    assert f"{job.scratch} is not there on {socket.gethostname()}" in said
+
+
+def test_a_node_whose_mount_comes_a_little_later_only_delays_training(
+    make_job, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(start, "_PAUSE_S", 0.2)
+
+    def mount_later(here: TrainJob) -> None:
+        threading.Timer(0.3, lambda: here.scratch.mkdir(parents=True)).start()
+
+    errors, said = blind_joiner(make_job(), tmp_path / "joiner", mount_later)
+
+    assert errors == []
+    assert "Waiting" in said
 
 
 def test_a_count_of_kills_is_no_reason_to_make_the_store(tmp_path):
