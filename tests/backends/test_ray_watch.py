@@ -4,8 +4,9 @@ import errno
 
 import pytest
 
-from qlora_core.backends import ray_train
-from qlora_core.backends.ray_train import StepFollower, _watch, last_lines
+from qlora_core.backends import ray_voice
+from qlora_core.backends.ray_train import _watch
+from qlora_core.backends.ray_voice import StepFollower, last_lines
 from qlora_core.backends.ray_worker import RaySpec
 from qlora_core.config import SnapshotConfig
 from qlora_core.errors import ResourceError
@@ -80,7 +81,7 @@ class NeverAnswering(ScriptedDriver):
 def test_a_store_that_is_away_for_a_while_is_told_once(spec, monkeypatch):
     disk, said = FaultyDisk((spec.job.scratch,)).install(monkeypatch), []
     follower = StepFollower.of(spec.job, print, said.append)
-    monkeypatch.setattr(ray_train, "_WORTH_A_WORD_S", 1e-9)
+    monkeypatch.setattr(ray_voice, "_WORTH_A_WORD_S", 1e-9)
 
     for _ in range(3):
         disk.fail_at("open scratch/journal.jsonl rb", errno.EIO)

@@ -195,7 +195,7 @@ def test_a_line_to_ray_that_breaks_is_a_lost_driver_and_no_bug(way, spec, monkey
 
         monkeypatch.setattr(ray, "nodes", lose)
         with pytest.raises(LostDriverError) as caught:
-            ray_work.carry_out(ELSEWHERE, spec)
+            ray_work.carry_out(ELSEWHERE, spec, own_installation())
         error = caught.value
 
     assert isinstance(error, LostDriverError)
@@ -208,11 +208,11 @@ def test_nodes_that_are_gone_where_there_were_enough_may_come_back(spec, nodes):
         address="head:6379", workers=3, cpus_per_worker=1, wait_for_nodes_s=0.05
     )
     with pytest.raises(ResourceError, match="there is room for 2"):
-        ray_work.carry_out(cluster, spec)
+        ray_work.carry_out(cluster, spec, own_installation())
 
     claim(spec.job.scratch, spec.launch, 0, num_workers=3)
     with pytest.raises(NoRoomError, match="there is room for 2"):
-        ray_work.carry_out(cluster, spec)
+        ray_work.carry_out(cluster, spec, own_installation())
 
 
 def test_a_ray_that_listens_but_does_not_answer_is_worth_another_try(monkeypatch, tmp_path):

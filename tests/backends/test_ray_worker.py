@@ -126,7 +126,7 @@ def test_an_error_that_is_not_there_in_full_yet_is_asked_for_again(spec):
 def test_an_error_that_cannot_be_read_is_not_taken_for_none(spec, monkeypatch):
     spec.error_file.write_text("{}")
     disk = FaultyDisk((spec.job.scratch,)).install(monkeypatch)
-    disk.fail_at(f"open scratch/{numberless(spec.error_file.name)} rb", errno.EIO)
+    disk.fail_at(f"open scratch/{numberless(spec.error_file.name)} r", errno.EIO)
 
     with pytest.raises(StoreError, match="cannot read"):
         spec.final_error()
