@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError, TerminationSignal
+from prefect.exceptions import ObjectNotFound, TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Crashed
 
@@ -166,15 +167,13 @@ def set_state(flow_run_id: str, state: State[Any]) -> None:
 
     A run that reached a final state by itself keeps it.
     """
-    with get_client(sync_client=True) as client:
-        try:
+    try:
+        with get_client(sync_client=True) as client:
             known = client.read_flow_run(UUID(flow_run_id)).state
             if known is None or not known.is_final() or known.is_crashed():
                 client.set_flow_run_state(UUID(flow_run_id), state, force=True)
-        except (ObjectNotFound, PrefectHTTPStatusError) as error:
-            logging.getLogger(__name__).warning(
-                "flow run %s cannot be marked: %s", flow_run_id, error
-            )
+    except (ObjectNotFound, httpx.HTTPError) as error:  # the latter: refused, or the server is away
+        logging.getLogger(__name__).warning("flow run %s cannot be marked: %s", flow_run_id, error)
 
 
 def refuse_secrets(config: RunConfig) -> None:

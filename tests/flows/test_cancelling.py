@@ -12,10 +12,11 @@ from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Cancelling, Running
 
 from flows.cancelling import CancelledInPrefect, ended_when
-from flows.lifecycle import sigterm_interrupts
+from flows.lifecycle import set_state, sigterm_interrupts
 from flows.records import load_record, open_record
 from qlora_core.backends.in_process import InProcessLauncher
 from qlora_core.config import RunConfig
@@ -223,3 +224,12 @@ def test_ctrl_c_marks_its_own_run_and_not_the_newest_on_the_store(connection, ti
     with get_client(sync_client=True) as client:
         assert client.read_flow_run(UUID(mine.prefect_flow_run_id)).state.is_cancelled()
         assert client.read_flow_run(others.id).state.is_running()
+
+
+def test_a_run_that_cannot_be_marked_because_prefect_is_away_is_told_and_no_error(caplog):
+    nobody = {PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}
+
+    with temporary_settings(nobody):
+        set_state("00000000-0000-0000-0000-000000000001", Cancelled())
+
+    assert "cannot be marked" in caplog.text
