@@ -78,7 +78,7 @@ def require_ready(
     with _meeting(errand, needs_gpu=gpus > 0) as question:
         answers = _Answers(question, list(asked), answer_s)
         of_all = _wanted_of_all(errand, gpus, launcher)  # takes seconds, in which they look around
-        free = available_resources_per_node()
+        free = _free_resources()
         nodes = []
         for name, (node, room) in asked.items():
             counted = {
@@ -92,6 +92,14 @@ def require_ready(
             nodes.append(Node(_called(node), report, silence, wanted, file, is_heard))
     if error := readiness_error(nodes, str(cluster.address)):
         raise error
+
+
+def _free_resources() -> dict[str, dict[str, float]]:
+    """Return what Ray has not given away on each node; over ray:// the cluster asks."""
+    if not ray.util.client.ray.is_connected():
+        return dict(available_resources_per_node())
+    asked = ray.remote(num_cpus=0)(available_resources_per_node)
+    return dict(ray.get(asked.remote()))
 
 
 def is_booked(node: Mapping[str, float], free: Mapping[str, float], gpus: float) -> bool:
