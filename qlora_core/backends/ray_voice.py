@@ -29,6 +29,8 @@ _NUM_LINES = 12
 _WIDTH = 240
 _PROGRESS_S = 60.0
 _WORTH_A_WORD_S = 10.0  # a store that cannot be read
+# bitsandbytes says on import that it could not fetch a kernel from a hub, which it never shall
+_NO_NEWS = "Failed to load CPU gemm_4bit_forward from kernels-community"
 _COLORS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -73,7 +75,8 @@ class LogTeller:
 
     def _plain_lines(self) -> Iterator[str]:
         for line in self._tail.lines():
-            if plain := _COLORS.sub("", line).strip():
+            plain = _COLORS.sub("", line).strip()
+            if plain and _NO_NEWS not in plain:
                 yield plain if len(plain) <= _WIDTH else plain[:_WIDTH] + " ..."
 
     def _opening(self, verb: str, left_out: int) -> str:

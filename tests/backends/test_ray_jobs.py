@@ -637,6 +637,19 @@ def test_a_log_is_told_in_doses_its_end_in_full_and_nothing_of_before(tmp_path):
     assert len(said) == 2
 
 
+def test_what_bitsandbytes_says_of_kernels_from_a_hub_is_no_news(tmp_path):
+    said = []
+    teller = LogTeller(tmp_path / "ray.log", said.append, every_s=0.0)
+
+    (tmp_path / "ray.log").write_text(
+        "(RayTrainWorker pid=1) Failed to load CPU gemm_4bit_forward from kernels-community: No "
+        "module named 'kernels'.\nloading the base\n"
+    )
+    teller.catch_up()
+
+    assert said == ["the cluster says:\nloading the base"]
+
+
 def test_a_log_that_never_rests_is_told_now_and_then(tmp_path):
     said = []
     teller = LogTeller(tmp_path / "ray.log", said.append, every_s=60.0)
