@@ -134,6 +134,8 @@ class Place:
 
         home, rows = self.folder / "home", write_rows(self.folder)
         home.mkdir()
+        before = dict(os.environ)
+        self._stack.callback(lambda: (os.environ.clear(), os.environ.update(before)))
         for name in ("PREFECT_API_URL", "RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
             os.environ.pop(name, None)
         os.environ["QLORAFLOW_HOME"] = str(home)
