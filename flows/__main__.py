@@ -86,6 +86,8 @@ def run(
 
     Called again, it continues where it was killed, and reuses what is there already.
     """
+    if cluster == "":
+        raise typer.BadParameter("--cluster is empty; leave it out to train on this machine.")
     given = [*(overrides or []), *([f"cluster.address={cluster}"] if cluster else [])]
     config = _load(recipe, given)
     _quiet_prefect()
@@ -105,13 +107,14 @@ def plan(
     ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
-    workers: Annotated[int | None, typer.Option(help="Plan for so many workers.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Plan for so many workers.")] = None,
     shape: Annotated[
         Literal["8b", "70b", "405b"] | None,
         typer.Option(help="Plan the memory of a Llama 3.1 of this size; nothing is downloaded."),
     ] = None,
     gpu_gb: Annotated[
-        float | None, typer.Option(help="Each worker has a GPU of so many GB; none: what is here.")
+        float | None,
+        typer.Option(min=1.0, help="Each worker has a GPU of so many GB; none: what is here."),
     ] = None,
 ) -> None:
     """Say what a run would do: what is cached, steps, tokens, memory per device."""

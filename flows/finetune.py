@@ -119,6 +119,7 @@ def _first(ws: Workspace, adapter: PrefectFuture[Any]) -> list[PrefectFuture[Any
 def _finish(made: Mapping[str, PrefectFuture[Any]]) -> dict[str, Any]:
     """Wait for all; raise what the first one that failed raised."""
     for future in as_completed(list(made.values())):
+        future.wait()  # takes its last state along; without, `state` asks the server, which lags
         if future.state.is_failed() or future.state.is_crashed():
             future.result()
     return {role: future.result() for role, future in made.items()}

@@ -37,7 +37,7 @@ from flows.server import server_kept
 from qlora_core.artifacts import Artifact
 from qlora_core.backends.journal import RunStatus
 from qlora_core.backends.mlflow_tracking import MlflowTracker, TrackingReport, flatten
-from qlora_core.backends.ray_address import is_jobs_endpoint, require_jobs_address
+from qlora_core.backends.ray_address import require_address
 from qlora_core.config import RunConfig
 from qlora_core.errors import ConfigError
 from tasks import places, wiring
@@ -179,9 +179,11 @@ def set_state(flow_run_id: str, state: State[Any]) -> None:
 def refuse_secrets(config: RunConfig) -> None:
     """Refuse a recipe that holds a password: parameters are stored and shown in clear.
 
+    And one whose cluster has an address that is none: hours later it would be told as well.
+
     Raises:
         ConfigError: An address in it has one.
-        UserError: That of a Ray Jobs endpoint holds more than a place.
+        UserError: The cluster's address is none; or a Jobs endpoint's, and more than a place.
     """
     found = [name for name, value in flatten(config).items() if _has_password(value)]
     if found:
@@ -189,10 +191,11 @@ def refuse_secrets(config: RunConfig) -> None:
             f"{' and '.join(found)} holds a password.",
             why="Recipes are kept in clear by Prefect, MLflow and the run's record.",
             fix="Take it out, and give it through the environment: MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD, HF_TOKEN, or what the storage's own client reads.",
+            "MLFLOW_TRACKING_PASSWORD, HF_TOKEN, RAY_AUTH_TOKEN, or what the storage's own client "
+            "reads.",
         )
-    if config.cluster.address is not None and is_jobs_endpoint(config.cluster.address):
-        require_jobs_address(config.cluster.address)
+    if config.cluster.address is not None:
+        require_address(config.cluster.address)
 
 
 def _has_password(value: object) -> bool:

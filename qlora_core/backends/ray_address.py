@@ -86,6 +86,18 @@ def is_jobs_endpoint(address: str | None) -> bool:
     return address is not None and address.startswith(("http://", "https://"))
 
 
+def require_address(address: str) -> None:
+    """Return if ``address`` may be that of a cluster; nobody is asked.
+
+    Raises:
+        UserError: It is none, or holds a secret.
+    """
+    if is_jobs_endpoint(address):
+        require_jobs_address(address)
+    elif address not in _FOUND_BY_RAY:
+        _endpoint(address)
+
+
 def require_jobs_address(address: str) -> None:
     """Return if ``address`` may be that of a Ray Jobs endpoint; nobody is asked.
 

@@ -151,9 +151,11 @@ def _losses_told(rank: int) -> Iterator[None]:
         yield
     except Exception as error:
         # Ray ends the group under a thread that computes, too; what follows is any error of torch's
-        if not isinstance(error, RuntimeError) and dist.is_initialized():
+        is_whole = dist.is_initialized()
+        if not isinstance(error, RuntimeError) and is_whole:
             raise
+        told = str(error) if is_whole else "Ray has ended their group while this one computed"
         raise CollectiveError(
-            f"worker {rank} lost the others: {error}",
+            f"worker {rank} lost the others: {told}",
             why="A worker or its node died, did not answer in time, or Ray starts all anew.",
         ) from error

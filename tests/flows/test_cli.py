@@ -92,6 +92,21 @@ def test_a_shape_is_planned_without_a_recipe_and_nothing_else_is(qlora):
     assert "Give a recipe" in without.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "r.yaml", "--cluster", ""),  # an unset variable
+        ("plan", "--shape", "8b", "--gpu-gb", "0"),
+        ("plan", "--shape", "8b", "--workers", "0"),
+    ],
+)
+def test_an_option_that_cannot_be_meant_is_refused(qlora, words):
+    done = qlora(*words)
+
+    assert done.returncode == 2
+    assert words[-2] in done.stderr
+
+
 def test_an_error_shows_its_traceback_only_when_asked(qlora):
     assert "Traceback" in qlora("--debug", "run", "nowhere.yaml").stderr
     assert "Traceback" not in qlora("run", "nowhere.yaml").stderr

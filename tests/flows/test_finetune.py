@@ -4,14 +4,19 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psutil
 import pytest
+from prefect.client.schemas.objects import State, StateType
+from prefect.futures import PrefectConcurrentFuture
+from prefect.states import Pending
 
+from flows.finetune import _finish
 from flows.records import load_record, records
 from flows.result import RunResult
 from qlora_core.backends.in_process import InProcessLauncher
@@ -306,6 +311,32 @@ def test_a_deployed_run_with_a_password_ends_before_it_writes_it_down(
 
     assert {path for path in store.rglob("*") if path.is_file()} == before
     assert "hunter2" not in caplog.text
+
+
+@pytest.mark.parametrize("address", ["head", "head:six", "127.0.0.1", "https://head:six"])
+def test_what_is_no_address_is_told_before_anything_is_prepared(recipe, store, address):
+    before = len(records(store))
+
+    with pytest.raises(UserError, match="is no address of a Ray"):
+        run(changed(recipe, "cluster", address=address))
+
+    assert len(records(store)) == before
+
+
+def test_what_a_stage_raised_is_told_and_not_that_others_waited_for_it(connection):
+    """The server learns of states later than we do; here it never does."""
+    mistake = UserError("nobody answers", fix="start a head")
+    failed = ended_in(State(type=StateType.FAILED, data=mistake))
+    not_ready = ended_in(Pending(name="NotReady"))
+
+    with pytest.raises(UserError, match="nobody answers"):
+        _finish({"base_report": not_ready, "adapter": failed})
+
+
+def ended_in(state: State) -> PrefectConcurrentFuture:
+    ended = Future()
+    ended.set_result(state)
+    return PrefectConcurrentFuture(uuid4(), ended)
 
 
 def test_prefect_shows_the_recipe_as_a_documented_form():
