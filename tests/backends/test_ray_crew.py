@@ -3,11 +3,14 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from qlora_core.artifacts import PreparedDataset
 from qlora_core.backends.memory import MemoryRegistry, MemoryTracker, SilentProgress
@@ -73,6 +76,21 @@ def report(folder: Path, made, data, crew: Crew | None) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
+def report_of_a_fresh_process(folder: Path, made, data) -> dict[str, bytes]:
+    """One worker, as new as those of the cluster.
+
+    This process has run whatever other tests there are; after some of them (it is not known which)
+    a sum of 75 nats was off by its last bit.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        return fresh.submit(_report_alone, folder, made, data).result()
+
+
+def _report_alone(folder: Path, made, data) -> dict[str, bytes]:
+    torch.set_num_threads(1)
+    return report(folder, made, data, None)
+
+
 def askers(nodes: RayCluster) -> list[psutil.Process]:
     """The workers that are there now, on whatever node."""
     return [asker for node in nodes.nodes for asker in node.members("ray::Asker")]
@@ -82,7 +100,7 @@ def askers(nodes: RayCluster) -> list[psutil.Process]:
 def test_two_workers_leave_the_bytes_of_one_though_one_of_them_is_killed(
     tmp_path, made, data, nodes
 ):  # fmt: skip
-    alone = report(tmp_path / "alone", made, data, None)
+    alone = report_of_a_fresh_process(tmp_path / "alone", made, data)
     seen: list[int] = []
 
     def kill_one(num_replies: int) -> None:
