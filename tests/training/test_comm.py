@@ -21,7 +21,7 @@ def comm():
 def test_a_group_that_ray_ended_while_a_worker_computed_is_a_lost_line_and_no_bug(comm):
     dist.destroy_process_group()
 
-    with pytest.raises(CollectiveError, match=r"worker 0 lost the others: Ray has ended their group"):
+    with pytest.raises(CollectiveError, match="worker 0 lost the others: Ray has ended"):
         comm.all_reduce_sum(torch.ones(2))
     with pytest.raises(CollectiveError):
         comm.gather({"step": 3})
