@@ -47,12 +47,12 @@ demo: $(READY)
 	@$(BIN)/python examples/cron/generate.py --out examples/cron/data
 	@$(BIN)/qlora run examples/cron/recipe.yaml
 
-# two at a time: many tests wait for Ray to start or to notice what was killed
+# two files at a time, in order: many tests wait for Ray to start or to notice what was killed
 test: $(READY)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e and not ray and not prefect"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not e2e and not ray and not prefect"
 
 check: $(READY)
 	$(BIN)/ruff format --check .
