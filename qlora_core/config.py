@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 class _Place:
@@ -331,6 +331,11 @@ class WorkerRange(Runtime):
         return self
 
 
+def _kind_of_workers(value: object) -> str:
+    """Say which of the two was meant, so that what is wrong with it is told of that one alone."""
+    return "[range]" if isinstance(value, Mapping | WorkerRange) else "[number]"
+
+
 Strategy = Literal["auto", "ddp", "fsdp"]
 
 
@@ -341,7 +346,10 @@ class ClusterConfig(Runtime):
     """A running Ray (`host:6379`, `ray://host:10001`, `auto`), or the Ray Jobs endpoint of a remote
     cluster (`https://host:8265`), where training outlives its flow; none: a Ray started by the run.
     A token comes from the environment: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."""
-    workers: Annotated[int, Field(gt=0)] | WorkerRange = 1
+    workers: Annotated[
+        Annotated[int, Field(gt=0), Tag("[number]")] | Annotated[WorkerRange, Tag("[range]")],
+        Discriminator(_kind_of_workers),
+    ] = Field(1, examples=[{"min": 1, "max": 8}])
     """Number of training workers; `{min: 1, max: 8}` follows the nodes that come and go. The result
     is the same with any number."""
     strategy: Strategy = "auto"

@@ -364,7 +364,7 @@ def _example(name: str) -> str:
     if field is None or field.is_required():
         return ""
     values = [field.default, *(field.examples or ())]
-    plain = [v for v in values if v and isinstance(v, str | int | float | list | tuple)]
+    plain = [v for v in values if v and isinstance(v, str | int | float | list | tuple | dict)]
     return f", e.g. {' or '.join(map(json.dumps, plain))}" if plain else ""
 
 

@@ -7,6 +7,7 @@ the stage unwinds through its own `finally` blocks.
 
 import logging
 import threading
+import time
 
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
@@ -19,11 +20,21 @@ class StoppedError(QLoraError):
     """The run was cancelled, or another of its stages failed; this stage was asked to end."""
 
 
-class RunProgress:
-    """Forwards to what a person sees and to the run's log; raises once the run shall stop."""
+_LOG_EVERY_S = 60.0
 
-    def __init__(self, shown: Progress) -> None:
+
+class RunProgress:
+    """Forwards to what a person sees and to the run's log; raises once the run shall stop.
+
+    Args:
+        shown: What a person sees, who may be told several times a second.
+        log_every_s: How often the log is told how far a stage is [seconds].
+    """
+
+    def __init__(self, shown: Progress, log_every_s: float = _LOG_EVERY_S) -> None:
         self._shown = shown
+        self._log_every_s = log_every_s
+        self._logged_at: dict[str, float] = {}
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -45,14 +56,24 @@ class RunProgress:
             raise StoppedError(f"{stage} was stopped before it was done.")
 
     def update(self, stage: str, done: float, total: float, note: str = "") -> None:
-        """Show ``done`` of ``total``."""
+        """Show ``done`` of ``total``; now and then the run's log hears it, too."""
         self.check(stage)
         self._shown.update(stage, done, total, note)
+        now = time.monotonic()
+        if now - self._logged_at.setdefault(stage, now) >= self._log_every_s:
+            self._logged_at[stage] = now
+            ending = f", {note}" if note else ""
+            _run_log().info("%s: %s of %s%s", stage, _plain(done), _plain(total), ending)
 
     def say(self, stage: str, message: str) -> None:
         """Show a message and keep it in the run's log."""
         self._shown.say(stage, message)
         _run_log().info("%s: %s", stage, message)
+
+
+def _plain(amount: float) -> str:
+    """Write a number of rows, steps or bytes; where there are parts of one, two digits."""
+    return f"{amount:.0f}" if float(amount).is_integer() else f"{amount:.2f}"
 
 
 def _run_log() -> "logging.Logger | logging.LoggerAdapter[logging.Logger]":

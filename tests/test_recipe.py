@@ -237,6 +237,22 @@ def test_a_wrong_value_causes_no_second_problem(recipe, wrong):
     assert "1 problem\n" in problems(recipe(MINIMAL + wrong))
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("0", 'cluster.workers (line 6): got 0; should be greater than 0, e.g. 1 or {"min": 1, '),
+        ("many", 'cluster.workers (line 6): got "many"; should be a valid integer, e.g. 1 or {"'),
+        ("{min: 8, max: 1}", "cluster.workers (line 6): min=8 is more than max=1; try min=1."),
+        ("{min: 0, max: 1}", "cluster.workers.min (line 6): got 0; should be greater than 0"),
+    ],
+)
+def test_of_a_number_or_a_range_only_what_was_meant_is_told(recipe, given, told):
+    said = problems(recipe(MINIMAL + f"cluster: {{workers: {given}}}\n"))
+
+    assert "1 problem\n" in said
+    assert told in said
+
+
 def test_lists_and_groups_are_called_what_a_yaml_reader_calls_them(recipe):
     told = problems(
         recipe(MINIMAL + "quantization: {skip: lm_head}\nadapter: {targets: 3}\nmerge: 3\n")

@@ -6,15 +6,19 @@ A connection is all that is tried. That it is a Ray, and one that we may use, on
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import urlsplit
 
-from qlora_core.errors import HeadLostError, UserError
+from qlora_core.config import ClusterConfig
+from qlora_core.errors import HeadLostError, UserError, storing
+from qlora_core.training.durable import replace_durably
 
 _FOUND_BY_RAY = ("auto", "local")  # no addresses: Ray looks on this machine
-_CLIENT_PORT = 10001
+_PORTS = {"ray": 10001, "http": 80, "https": 443}
 _PATIENCE_S = 10.0  # a cluster that was started a moment ago
 _CONNECT_S = 5.0  # an address that nobody has may never say no
 _PAUSE_S = 0.5
+_ADDRESS_FILE = "address.txt"  # where something has listened
 
 
 def require_ray(
@@ -32,22 +36,47 @@ def require_ray(
     """
     if address in _FOUND_BY_RAY:
         return
-    host, port = _endpoint(address)
+    endpoint = _endpoint(address)
     deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=_CONNECT_S).close()
-            return
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                raise UserError(
-                    f"no Ray answers at {address}: {error}.",
-                    why="The address is cluster.address of the recipe, or RAY_ADDRESS.",
-                    fix="Start that cluster (`ray start --head --port=6379`) or correct the "
-                    "address; leave both out for a Ray of the run's own.",
-                ) from error
+    while error := _silence(endpoint):
+        if time.monotonic() >= deadline:
+            raise UserError(
+                f"no Ray answers at {address}: {error}.",
+                why="The address is cluster.address of the recipe, or RAY_ADDRESS.",
+                fix="Start that cluster (`ray start --head --port=6379`) or correct the "
+                "address; leave both out for a Ray of the run's own.",
+            ) from error
         check()
         time.sleep(_PAUSE_S)
+
+
+def reach_ray(
+    cluster: ClusterConfig, scratch: Path, say: Callable[[str], None], check: Callable[[], None]
+) -> None:
+    """Return when somebody listens at the address: where it was right before, its head may be.
+
+    A wrong address is told within seconds; a head that was lost is waited for like nodes, by
+    whoever has the same scratch folder.
+
+    Args:
+        cluster: Has an address.
+        scratch: A folder, where it is noted.
+        say: Told once that it is waited for.
+        check: Called meanwhile; what it raises ends the waiting.
+
+    Raises:
+        UserError: Nobody does, and nobody ever has; or it is no address.
+        HeadLostError: Nobody does any more.
+        StoreError: The note cannot be read, or written.
+    """
+    address, before = str(cluster.address), scratch / _ADDRESS_FILE
+    with storing(before, "read"):
+        is_known = before.exists() and before.read_text("utf-8") == address
+    if is_known:
+        await_ray(address, cluster.wait_for_nodes_s, say, check)
+        return
+    require_ray(address, _PATIENCE_S, check)
+    replace_durably(before, address.encode())
 
 
 def await_ray(
@@ -79,6 +108,22 @@ def await_ray(
             fix="Start the cluster again, there or at another cluster.address, and run again to go "
             "on from the last snapshot.",
         ) from error
+
+
+def tell_if_silent(address: str, say: Callable[[str], None]) -> None:
+    """Say so if nobody answers at ``address`` now, of which there is no need yet.
+
+    Args:
+        address: Of a Ray, or of a Ray Jobs endpoint.
+        say: Told.
+
+    Raises:
+        UserError: It is no address.
+    """
+    if address in _FOUND_BY_RAY:
+        return
+    if error := _silence(_endpoint(address)):
+        say(f"nobody answers at {address} now ({error}); training will need it")
 
 
 def is_jobs_endpoint(address: str | None) -> bool:
@@ -123,10 +168,19 @@ def require_jobs_address(address: str) -> None:
         )
 
 
+def _silence(endpoint: tuple[str, int]) -> OSError | None:
+    """Return why nobody takes a connection there; None if somebody does."""
+    try:
+        socket.create_connection(endpoint, timeout=_CONNECT_S).close()
+    except OSError as error:
+        return error
+    return None
+
+
 def _endpoint(address: str) -> tuple[str, int]:
     try:
         parts = urlsplit(address if "//" in address else f"//{address}")
-        port = parts.port or (_CLIENT_PORT if parts.scheme == "ray" else None)
+        port = parts.port or _PORTS.get(parts.scheme)
     except ValueError:  # a port that is no number
         port = None
     if port is None or parts.hostname is None:

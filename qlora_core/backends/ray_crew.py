@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from qlora_core.backends.ray_address import require_ray
+from qlora_core.backends.ray_address import reach_ray
 from qlora_core.backends.ray_asker import AskSpec
 from qlora_core.backends.ray_process import DriverProcess, start_driver
 from qlora_core.backends.replies import parsed
 from qlora_core.backends.triage import LostDriverError
 from qlora_core.config import ClusterConfig
-from qlora_core.errors import LaunchError, from_json
+from qlora_core.errors import HeadLostError, LaunchError, from_json
 from qlora_core.ports import AskJob, Batch, Reply
 from qlora_core.training.journal import LOG_FILE, Tail
 
@@ -42,19 +42,20 @@ class RayCrew:
         """Ask everything, calling ``on_reply`` once for each batch, in any order.
 
         Raises:
-            UserError: Nobody answers at the address of the cluster.
+            UserError: Nobody answers at the address of the cluster, and nobody ever has.
+            HeadLostError: Nobody answers there any more.
             ClusterError: Nodes are not ready for it.
             ResourceError: The cluster has not what was asked for.
             StoreError: There is no room for replies, say.
             LaunchError: Workers or drivers were lost more often than `cluster.max_failures`.
             QLoraError: What a worker met.
         """
-        require_ray(str(self.cluster.address))
         job = job.absolute()
         job.scratch.mkdir(parents=True, exist_ok=True)
         spec = AskSpec(job=job, log=job.scratch / LOG_FILE)
         follower = ReplyFollower(Tail(spec.replies_file), on_reply)
         for _ in range(self.cluster.max_failures + 1):
+            reach_ray(self.cluster, job.scratch, self.say, self.check)
             if self._launch(spec, follower):
                 return
             self.say("Ray's driver process was lost; starting again with what is not answered yet.")
@@ -70,7 +71,7 @@ class RayCrew:
         try:
             driver.give(spec)
             return self._watch(driver, follower)
-        except LostDriverError:  # it says so itself: its line to Ray broke
+        except (LostDriverError, HeadLostError):  # it says so itself: its line to Ray broke
             return False
         finally:
             driver.end()

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_core.backends.node_probe import own_installation
+from qlora_core.backends.ray_address import tell_if_silent
 from qlora_core.backends.ray_job_order import JobOrder
 from qlora_core.backends.ray_job_orders import Orders, open_line
 from qlora_core.backends.ray_job_patience import PATIENCE_S
@@ -54,7 +55,9 @@ class RayJobsLauncher:
     """Before each further try, where the store cannot be written [seconds]."""
 
     def awake(self) -> AbstractContextManager[None]:
-        """Do nothing: the cluster is awake."""
+        """Do nothing but say if the endpoint is silent, before the stages in between."""
+        if self.cluster.address is not None:
+            tell_if_silent(self.cluster.address, self.say)
         return nullcontext()
 
     def train(self, job: TrainJob, on_step: Callable[[StepMetrics], None]) -> None:

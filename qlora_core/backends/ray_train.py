@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from qlora_core.backends.local_room import require_memory
-from qlora_core.backends.ray_address import await_ray, require_ray
+from qlora_core.backends.ray_address import reach_ray, tell_if_silent
 from qlora_core.backends.ray_process import DriverProcess, WaitingDriver, start_driver
 from qlora_core.backends.ray_resources import require_local_room
 from qlora_core.backends.ray_voice import TrainingVoice, last_lines
@@ -28,11 +27,10 @@ from qlora_core.errors import QLoraError, from_json, storing
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.attempt import next_launch
 from qlora_core.training.desk import SUMMARY_FILE
-from qlora_core.training.durable import replace_durably, reserve
+from qlora_core.training.durable import reserve
 from qlora_core.training.journal import JOURNAL_FILE, LOG_FILE, Patience
 
 _POLL_S = 0.1
-_ADDRESS_FILE = "address.txt"  # where something has listened
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class RayTrainLauncher:
     snapshots: SnapshotConfig
     say: Callable[[str], None]
     """Told what a person should know, once: a resume, a damaged snapshot, a lost driver. Of a
-    running cluster also, in doses, what it says, and now and then how far training is."""
+    running cluster also, in doses, what it says."""
     check: Callable[[], None] = lambda: None
     """Called several times a second; what it raises ends training and all of Ray's processes."""
     waiting: WaitingDriver = field(default_factory=WaitingDriver, repr=False, compare=False)
@@ -53,7 +51,12 @@ class RayTrainLauncher:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Start a Ray of our own now, for the training that is to come within the block."""
+        """Start a Ray of our own now, for the training that is to come within the block.
+
+        Of a running one that is silent, a person should know before the stages in between.
+        """
+        if self.cluster.address is not None:
+            tell_if_silent(self.cluster.address, self.say)
         self.waiting.start(self.cluster)
         try:
             yield
@@ -85,7 +88,8 @@ class RayTrainLauncher:
         while True:
             launch = ""
             try:
-                self._reach_ray(job.scratch)
+                if self.cluster.address is not None:
+                    reach_ray(self.cluster, job.scratch, self.say, self.check)
                 launch = next_launch(job.scratch)
                 self._await_memory(job)
                 return self._launch(job, launch, voice)
@@ -93,23 +97,6 @@ class RayTrainLauncher:
                 incident, pause_s = triage.remedy(error, voice.follower.last_step, launch)
             self.say(incident.sentence())
             self._pause(pause_s)
-
-    def _reach_ray(self, scratch: Path) -> None:
-        """Return when somebody listens at the address: where it was right before, its head may be.
-
-        A wrong address is told within seconds; a head that was lost is waited for like nodes, by
-        whoever has the same scratch folder.
-        """
-        address, before = self.cluster.address, scratch / _ADDRESS_FILE
-        if address is None:
-            return
-        with storing(before, "read"):
-            is_known = before.exists() and before.read_text("utf-8") == address
-        if is_known:
-            await_ray(address, self.cluster.wait_for_nodes_s, self.say, self.check)
-            return
-        require_ray(address, check=self.check)
-        replace_durably(before, address.encode())
 
     def _pause(self, seconds: float) -> None:
         end_s = time.monotonic() + seconds

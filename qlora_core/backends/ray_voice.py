@@ -27,16 +27,19 @@ from qlora_core.training.journal import (
 _EVERY_S = 10.0
 _NUM_LINES = 12
 _WIDTH = 240
-_PROGRESS_S = 60.0
 _WORTH_A_WORD_S = 10.0  # a store that cannot be read
 # bitsandbytes says on import that it could not fetch a kernel from a hub, which it never shall
 _NO_NEWS = "Failed to load CPU gemm_4bit_forward from kernels-community"
 _COLORS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_SPEAKER = re.compile(r"^\([^)]*\) ?")  # (RayTrainWorker pid=1, ip=10.0.0.1)
 
 
 @dataclass
 class LogTeller:
-    """Follows a log; what it held before is told only if asked for, and of that the end."""
+    """Follows a log; what it held before is told only if asked for, and of that the end.
+
+    Of a traceback the last line is told: Ray prints some thirty when it loses a node.
+    """
 
     path: Path
     say: Callable[[str], None]
@@ -47,13 +50,13 @@ class LogTeller:
     _kept: "deque[str]" = field(init=False)
     _num_new: int = field(default=0, init=False)
     _told_at: float = field(default_factory=time.monotonic, init=False)
+    _is_in_frames: bool = field(default=False, init=False)
+    """The last line was of a traceback, and not its last."""
 
     def __post_init__(self) -> None:
         self._tail = Tail(self.path)
         self._before, self._kept = deque(maxlen=_NUM_LINES), deque(maxlen=_NUM_LINES)
-        for line in self._plain_lines():
-            self._before.append(line)
-            self._num_before += 1
+        self._num_before = self._hear(self._before)
 
     def recall(self) -> None:
         """Tell the end of what it held before: of a job that went on while nobody looked."""
@@ -64,44 +67,38 @@ class LogTeller:
 
     def catch_up(self, *, is_end: bool = False) -> None:
         """Read on; tell what there is, unless something was told a moment ago."""
-        for line in self._plain_lines():
-            self._kept.append(line)
-            self._num_new += 1
-        if self._num_new and (is_end or time.monotonic() - self._told_at >= self.every_s):
+        self._num_new += self._hear(self._kept)
+        if self._kept and (is_end or time.monotonic() - self._told_at >= self.every_s):
             left_out = self._num_new - len(self._kept)
             self.say("\n".join([self._opening("says", left_out), *self._kept]))
             self._kept.clear()
             self._num_new, self._told_at = 0, time.monotonic()
 
+    def _hear(self, kept: "deque[str]") -> int:
+        """Read on and keep what may be told; return how many lines there were."""
+        num_lines = 0
+        for line in self._plain_lines():
+            num_lines += 1
+            if not self._is_frame(line):
+                plain = line.strip()
+                kept.append(plain if len(plain) <= _WIDTH else plain[:_WIDTH] + " ...")
+        return num_lines
+
     def _plain_lines(self) -> Iterator[str]:
         for line in self._tail.lines():
-            plain = _COLORS.sub("", line).strip()
-            if plain and _NO_NEWS not in plain:
-                yield plain if len(plain) <= _WIDTH else plain[:_WIDTH] + " ..."
+            plain = _COLORS.sub("", line)
+            if plain.strip() and _NO_NEWS not in plain:
+                yield plain
+
+    def _is_frame(self, line: str) -> bool:
+        said = _SPEAKER.sub("", line)
+        is_opening = said.startswith("Traceback (most recent call last)")
+        self._is_in_frames = is_opening or (self._is_in_frames and said[:1].isspace())
+        return self._is_in_frames
 
     def _opening(self, verb: str, left_out: int) -> str:
         more = f" ({left_out} more lines in {self.path}, later among the run's logs in MLflow)"
         return f"the cluster {verb}{more if left_out else ''}:"
-
-
-@dataclass
-class StepTeller:
-    """Passes every step on, and says now and then how far training is."""
-
-    on_step: Callable[[StepMetrics], None]
-    say: Callable[[str], None]
-    every_s: float = _PROGRESS_S
-    heard_at: float = field(default_factory=time.monotonic, init=False)
-    """When the last step came; at first, when listening began."""
-    _told_at: float = field(default_factory=time.monotonic, init=False)
-
-    def __call__(self, metrics: StepMetrics) -> None:
-        """Take one step."""
-        self.heard_at = time.monotonic()
-        self.on_step(metrics)
-        if self.heard_at - self._told_at >= self.every_s:
-            self._told_at = self.heard_at
-            self.say(f"step {metrics.step} of {metrics.num_steps}, loss {metrics.loss:.4f}")
 
 
 class Voice(Protocol):
@@ -131,6 +128,8 @@ class StepFollower:
     on_step: Callable[[StepMetrics], None]
     say: Callable[[str], None]
     last_step: int | None = None
+    heard_at: float = field(default_factory=time.monotonic, init=False)
+    """When the last step came; at first, when listening began."""
     _is_told: bool = field(default=False, init=False)
 
     @classmethod
@@ -156,6 +155,7 @@ class StepFollower:
         for note in self.notes.lines():
             self.say(note)
         for metrics in self.steps.steps():
+            self.heard_at = time.monotonic()
             self.on_step(metrics)
             self.last_step = metrics.step
         self._tell_of_a_store_that_is_away()
@@ -176,7 +176,6 @@ class TrainingVoice:
 
     follower: StepFollower
     log: LogTeller
-    steps: StepTeller
 
     @classmethod
     def of(
@@ -192,16 +191,15 @@ class TrainingVoice:
             job: That is trained.
             on_step: Told every step.
             say: Told what a person should know.
-            aside: Told what workers say beside that, and now and then how far training is.
+            aside: Told what workers say beside that.
         """
-        steps = StepTeller(on_step, aside)
-        follower = StepFollower.of(job, steps, say)
-        return cls(follower, LogTeller(job.scratch / LOG_FILE, aside), steps)
+        follower = StepFollower.of(job, on_step, say)
+        return cls(follower, LogTeller(job.scratch / LOG_FILE, aside))
 
     @property
     def heard_at(self) -> float:
         """When the last step came."""
-        return self.steps.heard_at
+        return self.follower.heard_at
 
     @property
     def is_behind(self) -> bool:

@@ -229,14 +229,15 @@ def fit(cluster: ClusterConfig, order: WorkerOrder, gpus: float, storage: Path) 
     """
     from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     from qlora_core.backends.ray_killed import KillsNoted
     from qlora_core.backends.ray_places import PlacesAwaited
+    from qlora_core.backends.ray_trainer import Trainer
 
     cpus, most = order.num_threads, _most_starts(cluster)
     waiting = [PlacesAwaited(cluster, order, most * START_S)] if _may_shrink(cluster) else []
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_on_worker,
         train_loop_config=order.model_dump(mode="json"),
         torch_config=TorchConfig(timeout_s=300),

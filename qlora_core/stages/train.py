@@ -17,6 +17,7 @@ from qlora_core.stages.kept_log import log_kept
 from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.incidents import history
 from qlora_core.training.journal import VALIDATIONS_FILE, CurvePoint, Tail, read_validations
+from qlora_core.training.snapshot import FOLDER, snapshots_in, step_of
 
 
 @stage(
@@ -65,13 +66,23 @@ def train_adapter(
 
 
 def _listener(ctx: Context, validations: Tail) -> Callable[[StepMetrics], None]:
+    newest = _newest_snapshot(ctx)
+
     def on_step(metrics: StepMetrics) -> None:
         ctx.tracker.log_metrics(tracked_metrics(metrics), metrics.step)
-        note = f"loss {metrics.loss:.3f} · {metrics.tokens_per_s:.0f} tok/s"
-        ctx.progress.update("train_adapter", metrics.step, metrics.num_steps, note)
+        if metrics.step >= newest:  # those before are told again, and were shown when they came
+            note = f"loss {metrics.loss:.3f} · {metrics.tokens_per_s:.0f} tok/s"
+            ctx.progress.update("train_adapter", metrics.step, metrics.num_steps, note)
         _pass_on(ctx, validations)
 
     return on_step
+
+
+def _newest_snapshot(ctx: Context) -> int:
+    """Return the step of the newest snapshot of earlier calls, sound or not; 0: there is none."""
+    with suppress(OSError):  # training will meet it, and say so
+        return max(map(step_of, snapshots_in(ctx.scratch / FOLDER)), default=0)
+    return 0
 
 
 def _pass_on(ctx: Context, validations: Tail) -> None:

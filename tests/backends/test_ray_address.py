@@ -1,17 +1,19 @@
 """A head that was lost is waited for where it has been; a wrong address is told within seconds."""
 
-import functools
 import socket
 import threading
 from contextlib import closing
 
 import pytest
 
-from qlora_core.backends import ray_address, ray_train
-from qlora_core.backends.ray_address import await_ray, require_ray
+from qlora_core.backends import ray_address
+from qlora_core.backends.ray_address import await_ray, tell_if_silent
+from qlora_core.backends.ray_crew import RayCrew
+from qlora_core.backends.ray_jobs import RayJobsLauncher
 from qlora_core.backends.ray_train import RayTrainLauncher
-from qlora_core.config import ClusterConfig, SnapshotConfig
+from qlora_core.config import ClusterConfig, EvaluationConfig, SnapshotConfig
 from qlora_core.errors import HeadLostError, UserError
+from qlora_core.ports import AskJob
 from qlora_core.training.incidents import history
 from tests.backends.ray_nodes import free_port
 
@@ -81,6 +83,26 @@ def test_a_run_that_is_cancelled_waits_no_longer(head):
         await_ray(head.address, 300.0, print, cancel)
 
 
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "http://127.0.0.1:{}"])
+def test_a_silent_cluster_is_told_before_the_stages_that_do_not_need_it(head, form):
+    address, said = form.format(head.port), []
+    cluster, snapshots = ClusterConfig(address=address), SnapshotConfig()
+    kind = RayJobsLauncher if form.startswith("http") else RayTrainLauncher
+
+    with kind(cluster, snapshots, said.append).awake():
+        pass
+    head.come()
+    with kind(cluster, snapshots, said.append).awake():
+        pass
+
+    assert len(said) == 1
+    assert f"nobody answers at {address} now" in said[0]
+
+
+def test_what_ray_has_to_find_by_itself_is_not_asked_for():
+    tell_if_silent("auto", pytest.fail)
+
+
 def launcher(head: Head, said: list[str], patience_s: float = 30.0) -> RayTrainLauncher:
     cluster = ClusterConfig(address=head.address, workers=1, wait_for_nodes_s=patience_s)
     return RayTrainLauncher(cluster, SnapshotConfig(), said.append)
@@ -88,7 +110,7 @@ def launcher(head: Head, said: list[str], patience_s: float = 30.0) -> RayTrainL
 
 def test_where_a_ray_has_been_the_next_command_waits_for_it_too(head, make_job, monkeypatch):
     """Its head was lost while, or after, an earlier command trained there."""
-    monkeypatch.setattr(ray_train, "require_ray", functools.partial(require_ray, patience_s=0.0))
+    monkeypatch.setattr(ray_address, "_PATIENCE_S", 0.0)
     job, said, launched = make_job(), [], []
 
     def launch(_, __, name: str, ___) -> None:
@@ -123,7 +145,7 @@ def test_a_head_that_stays_away_is_asked_for_a_few_times_and_then_told(head, mak
 
 
 def test_at_another_address_nobody_is_waited_for(head, make_job, monkeypatch):
-    monkeypatch.setattr(ray_train, "require_ray", functools.partial(require_ray, patience_s=0.0))
+    monkeypatch.setattr(ray_address, "_PATIENCE_S", 0.0)
     job = make_job()
     (job.scratch / "address.txt").write_text("elsewhere:6379")
 
@@ -131,3 +153,30 @@ def test_at_another_address_nobody_is_waited_for(head, make_job, monkeypatch):
         launcher(head, []).train(job, print)
 
     assert history(job.scratch) == ()
+
+
+def test_questions_wait_for_a_head_that_is_lost_while_they_are_asked(head, tmp_path, monkeypatch):
+    said, launched = [], []
+    job = AskJob(
+        model=tmp_path,
+        is_merged=True,
+        adapter=None,
+        data=tmp_path,
+        evaluation=EvaluationConfig(),
+        questions="",
+        scratch=tmp_path / "scratch",
+    )
+
+    def launch(_, spec, __) -> bool:
+        launched.append(spec)
+        if len(launched) == 1:
+            head.go()
+            threading.Timer(0.3, head.come).start()
+        return len(launched) == 2
+
+    monkeypatch.setattr(RayCrew, "_launch", launch)
+    head.come()
+    RayCrew(ClusterConfig(address=head.address), said.append).ask(job, print)
+
+    assert len(launched) == 2
+    assert sum("where a Ray has been" in sentence for sentence in said) == 1

@@ -18,7 +18,7 @@ from qlora_core.backends.ray_job_order import (
 )
 from qlora_core.backends.ray_job_patience import OutOfReachError
 from qlora_core.backends.ray_jobs import RayJobsLauncher
-from qlora_core.backends.ray_voice import LogTeller, StepTeller
+from qlora_core.backends.ray_voice import LogTeller
 from qlora_core.config import (
     AdapterConfig,
     ClusterConfig,
@@ -49,7 +49,6 @@ from tests.backends.jobs_endpoint import (
     serving,
 )
 from tests.training.faulty_disk import FaultyDisk, numberless
-from tests.training.steps import step_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -650,6 +649,33 @@ def test_what_bitsandbytes_says_of_kernels_from_a_hub_is_no_news(tmp_path):
     assert said == ["the cluster says:\nloading the base"]
 
 
+def test_of_a_traceback_the_last_line_is_told_and_the_others_are_counted(tmp_path):
+    file, said = tmp_path / "ray.log", []
+    teller = LogTeller(file, said.append, every_s=0.0)
+
+    file.write_text(
+        "\x1b[36m(Worker pid=1)\x1b[0m going down\n"
+        "\x1b[36m(Worker pid=1)\x1b[0m Traceback (most recent call last):\n"
+        '\x1b[36m(Worker pid=1)\x1b[0m   File "a.py", line 1, in f\n'
+    )
+    teller.catch_up()
+    with file.open("a") as log:
+        log.write(
+            "(Worker pid=1)     g()\n(Worker pid=1) OSError: no room\n"
+            "(Worker pid=1)   at once\nTraceback (most recent call last):\n  none\nValueError\n"
+        )
+    teller.catch_up()
+
+    assert said[0].splitlines()[0].startswith(f"the cluster says (2 more lines in {file}, ")
+    assert said[0].splitlines()[1:] == ["(Worker pid=1) going down"]
+    assert said[1].splitlines()[0].startswith(f"the cluster says (3 more lines in {file}, ")
+    assert said[1].splitlines()[1:] == [
+        "(Worker pid=1) OSError: no room",
+        "(Worker pid=1)   at once",
+        "ValueError",
+    ]
+
+
 def test_a_log_that_never_rests_is_told_now_and_then(tmp_path):
     said = []
     teller = LogTeller(tmp_path / "ray.log", said.append, every_s=60.0)
@@ -662,13 +688,3 @@ def test_a_log_that_never_rests_is_told_now_and_then(tmp_path):
     teller.catch_up(is_end=True)
 
     assert said == ["the cluster says:\nline 0\nline 1\nline 2\nline 3\nline 4"]
-
-
-def test_progress_is_said_now_and_then_and_every_step_passed_on():
-    told, said = [], []
-    teller = StepTeller(told.append, said.append, every_s=0.0)
-
-    teller(step_metrics(2, num_steps=3))
-
-    assert told == [step_metrics(2, num_steps=3)]
-    assert said == ["step 2 of 3, loss 0.5000"]

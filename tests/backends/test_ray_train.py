@@ -1,4 +1,3 @@
-import functools
 import json
 import os
 import signal
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from qlora_core.backends import process_session, triage
+from qlora_core.backends import process_session, ray_address, triage
 from qlora_core.backends.in_process import InProcessLauncher
 from qlora_core.backends.ray_address import require_ray
 from qlora_core.backends.ray_process import start_driver
@@ -235,8 +234,14 @@ def test_a_running_ray_is_used_where_an_address_is_given(make_job):
 
     port = free_port()
     with ray_cluster() as running:
-        running.start_head(f"--ray-client-server-port={port}")
-        steps, said = train_on_ray(make_job("ray"), workers=1, address=running.address)
+        head = running.start_head(f"--ray-client-server-port={port}")
+        cleaners = []
+        steps, said = train_on_ray(
+            make_job("ray"),
+            lambda _: cleaners.extend(head.members("PlacementGroupCleaner")),
+            workers=1,
+            address=running.address,
+        )
         client = f"ray://127.0.0.1:{port}"
         require_ray(client, patience_s=90)  # that door opens later than the others
         through_client, _ = train_on_ray(make_job("client"), workers=1, address=client)
@@ -244,6 +249,7 @@ def test_a_running_ray_is_used_where_an_address_is_given(make_job):
     assert losses(steps) == pytest.approx(losses(alone), rel=1e-4)
     assert losses(through_client) == losses(steps)
     assert "the cluster says" in said
+    assert cleaners == [], "it would outlive a driver that is killed"
 
 
 def test_more_cores_than_the_machine_has_are_refused_at_once(make_job):
@@ -284,8 +290,7 @@ def test_memory_that_others_use_is_waited_for_a_while(monkeypatch, make_job):
 
 
 def test_a_cluster_that_does_not_answer_is_told_at_once_and_for_good(monkeypatch, make_job):
-    impatient = functools.partial(require_ray, patience_s=0.0)
-    monkeypatch.setattr("qlora_core.backends.ray_train.require_ray", impatient)
+    monkeypatch.setattr(ray_address, "_PATIENCE_S", 0.0)
 
     with pytest.raises(UserError, match=r"no Ray answers at 127\.0\.0\.1:1: .*refused") as caught:
         train_on_ray(make_job(), workers=1, address="127.0.0.1:1")

@@ -27,6 +27,7 @@ from qlora_core.training.journal import LOG_FILE, VALIDATIONS_FILE, Validation, 
 from tests.training.conftest import SMALL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+EVERY_SECOND_STEP = SnapshotConfig(every_steps=2)
 
 
 def artifact(stage, path, facts) -> Artifact:
@@ -207,6 +208,26 @@ def test_every_step_is_tracked_and_shown(base, data, tmp_path):
     shown = [update for update in used.progress.updates if update[0] == "train_adapter"]
     assert [update[1:3] for update in shown[-6:]] == [(n, 6) for n in range(1, 7)]
     assert "tok/s" in shown[-1][3]
+
+
+def test_steps_that_are_told_again_after_a_resume_are_tracked_and_not_shown(base, data, tmp_path):
+    class Cut(InProcessLauncher):
+        def train(self, job, on_step) -> None:
+            def hear(metrics) -> None:
+                on_step(metrics)
+                if metrics.step == 5:
+                    raise LaunchError("the plug was pulled")
+
+            super().train(job, hear)
+
+    with pytest.raises(LaunchError):
+        produce(tmp_path, base, data, replace(services(), launcher=Cut(EVERY_SECOND_STEP)))
+    used = replace(services(), launcher=InProcessLauncher(EVERY_SECOND_STEP))
+    produce(tmp_path, base, data, used)
+
+    shown = [update[1] for update in used.progress.updates if update[0] == "train_adapter"]
+    assert shown[0] == 4
+    assert sorted(used.tracker.metrics["train/loss"]) == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_sealed_files_are_those_of_peft_and_the_curve(base, data, tmp_path):

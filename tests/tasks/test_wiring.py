@@ -1,6 +1,7 @@
 """What the composition root decides: places, sources, retries, and what a produced artefact is."""
 
 import fcntl
+import logging
 import threading
 import time
 from pathlib import Path
@@ -145,6 +146,19 @@ def test_a_model_the_registry_does_not_hold_is_registered_again(workspace):
 
     assert first.facts.adapter_version == "1"
     assert second.facts.adapter_version == "2"
+
+
+def test_the_runs_log_hears_now_and_then_how_far_a_stage_is(caplog):
+    often, seldom = RunProgress(RecordingProgress(), 0.0), RunProgress(RecordingProgress(), 60.0)
+
+    with caplog.at_level(logging.INFO):
+        often.update("train_adapter", 3, 8, "loss 1.250")
+        often.update("merge_adapter", 0.5, 2)
+        seldom.update("train_adapter", 4, 8)
+        seldom.update("train_adapter", 5, 8)
+
+    told = ["train_adapter: 3 of 8, loss 1.250", "merge_adapter: 0.50 of 2"]
+    assert [line.message for line in caplog.records] == told
 
 
 def test_a_thread_that_a_stage_started_may_speak_as_well(workspace):
