@@ -138,7 +138,7 @@ def _train(spec: RaySpec, num_threads: int) -> None:
     comm: Comm = Alone()
     if group.get_world_size() > 1:
         comm = TorchComm(device, group.get_local_world_size())
-    lookout = Lookout(_is_preempted if is_preemption_watched() else never)
+    lookout = Lookout(_seconds_left if is_preemption_watched() else never)
     given = (spec.job, comm, spec.snapshots, spec.launch, device)
     run_worker(*given, lookout=lookout, cluster=spec.cluster)
 
@@ -148,13 +148,17 @@ def is_preemption_watched() -> bool:
     return os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
 
 
-def _is_preempted() -> bool:
+def _seconds_left() -> float | None:
+    """Return when Ray has a node taken away; 0 if it does not say when, None if none is."""
     from ray.train import get_preemption_info
 
     try:
-        return get_preemption_info() is not None
+        info = get_preemption_info()
     except Exception as error:  # Ray's or Ray Train's: all workers have to answer, and one is gone
         raise CollectiveError(f"workers did not agree on what Ray announces: {error}") from error
+    if info is None:
+        return None
+    return max(0.0, info.deadline_ms / 1000 - time.time()) if info.deadline_ms else 0.0
 
 
 def _num_attempts(spec: RaySpec) -> int:

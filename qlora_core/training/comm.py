@@ -6,6 +6,7 @@ search for unused parameters), and one worker or eight run the same code.
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,8 +85,9 @@ class TorchComm:
     """
 
     def __init__(self, device: torch.device, local_size: int) -> None:
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
+        with _losses_told(int(os.environ.get("RANK", "0"))):
+            self.rank = dist.get_rank()
+            self.world_size = dist.get_world_size()
         self.local_size = local_size
         self._device = device
 

@@ -141,6 +141,7 @@ class LossFunction:
         usable = by_length[rows.num_supervised[by_length] > 0]
         if not len(usable):
             return
+        self._try_fusing(collate(rows, usable[:1], device), start_trial())
         tried = usable[[len(usable) // 2, len(usable) * 3 // 4, -1]]
         for few in (tried, usable[:3]):
             failure = self._try_out(rows, few, device, start_trial())
@@ -148,6 +149,32 @@ class LossFunction:
                 self._say(failure, device)
                 return
         self.notes.append("Rows are padded, not packed: there was no memory to try it out.")
+
+    @torch.no_grad()
+    def _try_fusing(self, batch: Batch, trial: Trial) -> None:
+        """Find out whether the product with the head may be left to the loss.
+
+        Over a whole base the first pass of training tells, as it can be made again. Where blocks
+        come from all workers a pass is made once.
+        """
+        head, failure = self._head, None
+        if trial.base is None or head is None or not self._fuses_head:
+            return
+        was_training, returned = self.model.training, None
+        self.model.eval()
+        try:
+            returned = trial.run(lambda: self._run(batch, batch.kept_K, passes_through=True))
+        except (CollectiveError, ResourceError):
+            raise
+        except Exception as error:  # whatever an architecture objects to, logits serve it
+            failure = FailedTryError.of(error)
+        finally:
+            self.model.train(was_training)
+        failure = trial.conclude(failure)
+        if failure is not None and failure.lacks_memory:
+            return  # which says nothing of the model
+        if failure is not None or returned is not head.call.returned:
+            self._stop_fusing(was_called=head.call.returned is not None)
 
     def _try_out(
         self, rows: Rows, tried: Indices, device: torch.device, trial: Trial

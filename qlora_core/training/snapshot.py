@@ -117,6 +117,7 @@ class SnapshotWriter:
         self._took_s, self._hurried_until = 0.0, 0.0
         with storing(self._root):
             self._root.mkdir(exist_ok=True)
+        self._clear_torsos(attempt.token)  # now: a nearly full store may need the room
 
     def is_due(self, step: int) -> bool:
         """Say whether to save after ``step``."""
@@ -166,10 +167,17 @@ class SnapshotWriter:
         self._attempt.require_current()
         with storing(self._root, "read"):
             ours = [f for f in snapshots_in(self._root) if f != newest and _is_before(f, newest)]
-            hidden = [path for path in self._root.iterdir() if _TORSO.fullmatch(path.name)]
-        torsos = [path for path in hidden if _token_of(path) <= _token_of(newest)]
-        for folder in [*ours[self._config.keep - 1 :], *torsos]:
+        for folder in ours[self._config.keep - 1 :]:
             shutil.rmtree(folder, ignore_errors=True)
+        self._clear_torsos(self._attempt.token)
+
+    def _clear_torsos(self, token: str) -> None:
+        """Remove what attempts up to ``token``'s began to save and did not end."""
+        with storing(self._root, "read"):
+            hidden = [path for path in self._root.iterdir() if _TORSO.fullmatch(path.name)]
+        for folder in hidden:
+            if _token_of(folder) <= _numbers(token):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _name(step: int, attempt: str) -> str:
@@ -178,7 +186,11 @@ def _name(step: int, attempt: str) -> str:
 
 def _token_of(folder: Path) -> tuple[int, int]:
     """Return launch and start of the attempt that a snapshot, or its torso, is of."""
-    launch, _, start = folder.name.removesuffix(".tmp").partition("-")[2].partition(".")
+    return _numbers(folder.name.removesuffix(".tmp").partition("-")[2])
+
+
+def _numbers(token: str) -> tuple[int, int]:
+    launch, _, start = token.partition(".")
     return int(launch), int(start)
 
 

@@ -2,7 +2,9 @@
 
 import json
 import threading
+import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -21,7 +23,7 @@ from qlora_core.backends.ray_job_order import JobOrder, found_last_word, order_f
 from qlora_core.backends.ray_killed import KillsNoted
 from qlora_core.backends.ray_preflight import is_booked
 from qlora_core.backends.ray_work import await_room, outcome, shares, tell_of_idle_gpus
-from qlora_core.backends.ray_worker import RayHome, RaySpec, WorkerOrder, _is_preempted, _leave
+from qlora_core.backends.ray_worker import RayHome, RaySpec, WorkerOrder, _leave, _seconds_left
 from qlora_core.backends.triage import LostDriverError
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import (
@@ -291,7 +293,19 @@ def test_a_peer_that_is_lost_while_all_are_asked_about_a_preemption_is_no_error_
     monkeypatch.setattr(ray.train, "get_preemption_info", lost, raising=False)
 
     with pytest.raises(CollectiveError):
-        _is_preempted()
+        _seconds_left()
+
+
+def test_a_preemption_is_as_near_as_ray_says_and_at_once_if_it_does_not(monkeypatch):
+    def said(deadline_ms: float | None):
+        info = SimpleNamespace(deadline_ms=deadline_ms)
+        monkeypatch.setattr(ray.train, "get_preemption_info", lambda: info, raising=False)
+        return _seconds_left()
+
+    assert said((time.time() + 3600) * 1000) == pytest.approx(3600, abs=60)
+    assert said((time.time() - 5) * 1000) == said(None) == 0.0
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None, raising=False)
+    assert _seconds_left() is None
 
 
 def test_what_a_worker_met_that_was_cut_off_does_not_end_its_successors(spec):

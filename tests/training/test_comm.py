@@ -27,6 +27,11 @@ def test_a_group_that_ray_ended_while_a_worker_computed_is_a_lost_line_and_no_bu
         comm.gather({"step": 3})
 
 
+def test_a_group_that_ray_ended_while_a_worker_started_is_a_lost_line_too():
+    with pytest.raises(CollectiveError):
+        TorchComm(torch.device("cpu"), local_size=1)
+
+
 def test_a_bug_of_ours_is_not_taken_for_a_lost_line(comm):
     with pytest.raises(TypeError):
         comm.all_reduce_sum("no tensor")

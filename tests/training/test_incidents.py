@@ -289,15 +289,26 @@ def test_kills_that_ray_told_the_launcher_of_end_the_call_they_happened_in(kerne
     assert agree(job, "0004") == (0, ""), "the next call, perhaps with more memory"
 
 
+def test_a_node_that_is_taken_later_is_asked_for_until_it_is_soon():
+    left_s = iter([None, 3600.0, 3500.0, 250.0])
+    lookout = Lookout(lambda: next(left_s), every_s=0.0)
+
+    urgent = []
+    while lookout.calls():
+        urgent.append(lookout.is_urgent())
+
+    assert urgent == [False, True, False, True]
+
+
 def test_an_announced_preemption_saves_at_once_on_all_workers(make_job):
     job = make_job()
     launch = next_launch(job.scratch)
     asked: list[int] = []
 
     def work(comm) -> None:
-        def ask() -> bool:
+        def ask() -> float | None:
             asked.append(comm.rank)
-            return asked.count(comm.rank) == 2  # announced after the second step
+            return 60.0 if asked.count(comm.rank) == 2 else None  # announced after the second step
 
         run_worker(job, comm, RARELY, launch, CPU, lookout=Lookout(ask, every_s=0.0))
 

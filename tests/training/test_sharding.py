@@ -33,7 +33,7 @@ from qlora_core.training.journal import CURVE_FILE
 from qlora_core.training.placing import Placement, place_base
 from qlora_core.training.together import cut_alike
 from qlora_core.training.worker import run_worker
-from tests.tiny import bring_own_code, make_tiny_llama
+from tests.tiny import bring_own_code, make_tiny_llama, small_model
 from tests.training.conftest import SMALL, make_rows, write_base
 from tests.training.fakes import run_on_threads
 from tests.training.two_workers import Scene, Seen, play, seen
@@ -470,6 +470,35 @@ def test_a_worker_alone_trains_over_a_base_with_its_host_as_over_a_whole_one(
     assert base.present_bytes == 0
     assert found_losses == losses
     assert all(torch.equal(found_adapter[name], tensor) for name, tensor in adapter.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("Granite", {"logits_scaling": 7.0}),
+        ("Gemma2", {"final_logit_softcapping": 0.5, "head_dim": 16, "sliding_window": 8}),
+    ],
+)
+def test_models_that_do_more_to_their_logits_train_over_a_base_in_parts(
+    kind, settings, make_job, tmp_path, monkeypatch
+):
+    """Over a whole base that is found out in a pass that is made again; here each is made once."""
+    small_model(kind, intermediate_size=128, **settings).save_pretrained(tmp_path / kind)
+    base = write_base(tmp_path / "nf4", tmp_path / kind, is_nf4=True)
+
+    def train(name) -> tuple[list[float], list[str]]:
+        job, steps = make_job(name).model_copy(update={"base": base}), []
+        run_worker(job, Alone(), SnapshotConfig(), "0001", CPU, steps.append)
+        summary = AdapterCheckpoint.model_validate_json((job.scratch / SUMMARY_FILE).read_text())
+        return [step.loss for step in steps], list(summary.notes)
+
+    losses, _ = train("whole")
+    offloaded = Placement(is_sharded=True, is_offloaded=True)
+    monkeypatch.setattr(worker, "place_base", lambda *_: offloaded)
+    found_losses, notes = train("with its host")
+
+    assert found_losses == pytest.approx(losses, rel=1e-5)
+    assert sum("does more to its logits" in note for note in notes) == 1
 
 
 def test_a_checkpoint_with_its_own_code_is_loaded_whole_and_says_so(deep_base, tmp_path):

@@ -327,6 +327,17 @@ def test_a_half_written_snapshot_is_never_seen(make_job):
     assert not torso.exists()
 
 
+def test_what_a_killed_save_left_makes_room_before_the_next_one(tmp_path):
+    folder = tmp_path / FOLDER
+    claim(tmp_path, "0001", 0)
+    for token in ("0001.1", "0003.1"):
+        (folder / f".step_00000004-{token}.tmp").mkdir(parents=True)
+
+    SnapshotWriter(tmp_path, SnapshotConfig(), claim(tmp_path, "0002", 0), "job")
+
+    assert [left.name for left in folder.iterdir()] == [".step_00000004-0003.1.tmp"]
+
+
 def test_a_snapshot_of_another_job_is_not_used(make_job):
     job = make_job()
     run(job, kill_after=3)
