@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from qlora_core.artifacts import AdapterCheckpoint, Frozen, Incident
 from qlora_core.config import SnapshotConfig
-from qlora_core.errors import storing
+from qlora_core.errors import LaunchError, storing
 from qlora_core.fingerprint import fingerprint
 from qlora_core.modeling.lora import save_adapter
 from qlora_core.ports import StepMetrics, TrainJob
@@ -155,19 +155,34 @@ def open_desk(
     after: int,
     steps: Iterable[StepMetrics],
     notes: list[str],
+    known: AttemptRecord,
 ) -> Desk:
     """Claim the scratch folder for this attempt, which goes on after step ``after``.
+
+    Args:
+        run: What is trained.
+        job: Where it is written.
+        snapshots: When it is saved.
+        launch: That this attempt is of.
+        after: The step it goes on after.
+        steps: All up to there.
+        notes: What a person should know.
+        known: The attempts when this worker started. If there is another by now, this one was cut
+            off while it loaded, and has been replaced.
 
     Raises:
         LaunchError: A newer attempt is already there.
     """
     before, num_workers = read_record(job.scratch), run.comm.world_size
+    if before.started_after != known.started_after:
+        raise LaunchError(f"attempt {before.token} has taken over while this worker started.")
     attempt = claim(job.scratch, launch, after, num_workers)
     if incident := _why_again(job, before, launch, num_workers):
         _tell(job, attempt, notes, incident, after)
     if after:
         notes.append(f"Training went on after step {after} (attempt {attempt.token}).")
     writer = SnapshotWriter(job.scratch, snapshots, attempt, job_fingerprint(job))
+    attempt.require_current()
     journal = Journal(job.scratch / JOURNAL_FILE, steps)
     return Desk(run, job, journal, writer, attempt, notes)
 

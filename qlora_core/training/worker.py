@@ -41,6 +41,7 @@ from qlora_core.modeling.shape import Shape, shape_of_model
 from qlora_core.modeling.sharding import ShardedBase
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training import snapshot
+from qlora_core.training.attempt import AttemptRecord, read_record
 from qlora_core.training.batching import Plan, plan_training
 from qlora_core.training.comm import Comm
 from qlora_core.training.desk import LastWord, job_fingerprint, open_desk
@@ -101,13 +102,14 @@ def run_worker(
     lookout = lookout or Lookout()
     with device_errors():
         require_store(job, comm, launch)
+        known = read_record(job.scratch) if comm.rank == 0 else AttemptRecord()
         num_halvings = agree_on_halvings(job, comm, launch, notes)
         before = _passes_before(job, comm)
         run = _prepare(job, comm, device, notes, cluster, num_halvings, before)
         position, steps = _go_on(run, job, notes)
         run = replace(run, met=_teller(job, comm, launch, position, notes))
         if comm.rank == 0:
-            desk = open_desk(run, job, snapshots, launch, position.step, steps, notes)
+            desk = open_desk(run, job, snapshots, launch, position.step, steps, notes, known)
             desk.tell(on_step)
         with fast_paths(run) as fast:
             for metrics in train(replace(fast, calls=lookout.calls), position):

@@ -444,6 +444,23 @@ def test_an_older_launch_cannot_claim_the_folder_again(tmp_path):
         first.require_current()
 
 
+def test_a_worker_that_was_replaced_while_it_loaded_does_not_fence_its_successor(
+    make_job, monkeypatch
+):
+    job, load = make_job(), worker._prepare
+
+    def slowly(*given):
+        claim(job.scratch, "0001", 0)  # by those of the same launch that came after it
+        return load(*given)
+
+    monkeypatch.setattr(worker, "_prepare", slowly)
+    with pytest.raises(LaunchError, match=r"attempt 0001\.1 has taken over while"):
+        run(job)
+
+    assert read_record(job.scratch).token == "0001.1"
+    assert not (job.scratch / "journal.jsonl").exists()
+
+
 def test_no_room_for_a_snapshot_is_a_store_error_and_spares_the_earlier_one(make_job, monkeypatch):
     import os
 
