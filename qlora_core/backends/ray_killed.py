@@ -9,7 +9,7 @@ passes of half as many rows.
 from contextlib import suppress
 from typing import Any
 
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.train.v2.api.callback import UserCallback
 
 from qlora_core.artifacts import Incident
@@ -44,8 +44,10 @@ def _is_kill(cause: BaseException) -> bool:
 
 
 def _unwrapped(failure: BaseException) -> BaseException:
-    """Return what a worker raised, or what its health check met."""
+    """Return what a worker or a task raised, or what a worker's health check met."""
     inner = getattr(failure, "_base_exc", None) or getattr(failure, "health_check_failure", None)
+    if isinstance(failure, RayTaskError):  # is of its cause's class as well, in parts
+        inner = failure.cause
     return _unwrapped(inner) if inner is not None else failure
 
 

@@ -20,6 +20,7 @@ from qlora_core.errors import (
     HeadLostError,
     KilledError,
     LaunchError,
+    LaunchLostError,
     NoRoomError,
     NotFiniteError,
     QLoraError,
@@ -136,6 +137,8 @@ class Triage:
                 return self._smaller(error), 0.0
             case LostDriverError():
                 return self._again(error), 0.0
+            case LaunchLostError():
+                return self._launch_again(error), 0.0
             case WorkersLostError():
                 return self._anew(error), 0.0
             case NoRoomError():
@@ -172,6 +175,18 @@ class Triage:
         remedy = "Starting again from the last snapshot."
         return Incident(kind="lost_driver", what="Ray's driver process was lost.", remedy=remedy)
 
+    def _launch_again(self, error: LaunchLostError) -> Incident:
+        self._lose(error, most=self.max_failures if self._has_trained() else 1)
+        remedy = "Starting again from the last snapshot."
+        return Incident(kind="lost_launch", what=error.what, remedy=remedy)
+
+    def _has_trained(self) -> bool:
+        """Say whether workers have ever met: if not, it may be a firewall that keeps them apart."""
+        try:
+            return bool(read_record(self.scratch).started_after)
+        except StoreError:
+            return True
+
     def _anew(self, error: WorkersLostError) -> Incident:
         if self._given_up.one_more() > 1:
             raise error
@@ -184,6 +199,6 @@ class Triage:
         remedy = f"Asking again in {_ROOM_PAUSE_S:g} s, from the last snapshot."
         return Incident(kind=kind, what=error.what, remedy=remedy)
 
-    def _lose(self, error: LaunchError) -> None:
-        if self._lost.one_more() > self.max_failures:
+    def _lose(self, error: LaunchError, most: int | None = None) -> None:
+        if self._lost.one_more() > min(self.max_failures, most or self.max_failures):
             raise error

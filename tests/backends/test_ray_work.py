@@ -1,6 +1,7 @@
 """What drivers and workers make of what Ray says, told by plain stand-ins for its answers."""
 
 import json
+import pickle
 import threading
 from contextlib import nullcontext
 
@@ -8,12 +9,15 @@ import pytest
 import ray
 import ray.train
 import torch
+from ray import cloudpickle
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
 )
+from torch.distributed import DistNetworkError
 
 from qlora_core.backends import ray_driver, ray_job_entry, ray_work
 from qlora_core.backends.node_probe import own_installation
@@ -30,6 +34,7 @@ from qlora_core.errors import (
     HeadLostError,
     KilledError,
     LaunchError,
+    LaunchLostError,
     NoRoomError,
     ResourceError,
     TrainingError,
@@ -116,6 +121,64 @@ def test_a_cluster_without_room_is_told_from_workers_that_were_lost(tmp_path):
 
     assert isinstance(outcome(busy, cluster, log), NoRoomError)
     assert type(outcome(broken, cluster, log)) is LaunchError
+
+
+def met_by_a_task(cause: Exception) -> Exception:
+    """What `ray.get` raises: an error of Ray's and of its cause's class at once."""
+    return RayTaskError("setup", str(cause), cause).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        ActorDiedError(),
+        met_by_a_task(
+            DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed.")
+        ),
+        met_by_a_task(RuntimeError("Gloo connectFullMesh failed with Connection closed by peer")),
+        met_by_a_task(ActorDiedError()),
+        ray.exceptions.NodeDiedError("its node is dead"),
+    ],
+)
+def test_a_worker_lost_while_ray_starts_it_is_worth_another_launch_and_told_as_that(
+    cause, tmp_path
+):
+    error = pickle.loads(cloudpickle.dumps(ControllerError(cause)))  # as it comes from Ray
+
+    found = outcome(error, ELSEWHERE, tmp_path / "log")
+
+    assert type(found) is LaunchLostError
+    assert "while Ray started or ended workers" in found.what
+    assert "max_failures" not in str(found)
+
+
+def test_ray_trains_own_process_may_be_lost_as_any_other(tmp_path):
+    found = outcome(ActorDiedError(), ELSEWHERE, tmp_path / "log")
+
+    assert type(found) is LaunchLostError
+    assert "Ray Train's controller was lost: ActorDiedError" in found.what
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        met_by_a_task(ModuleNotFoundError("No module named 'gone'")),
+        met_by_a_task(RuntimeError("Distributed package doesn't have NCCL built in")),
+        ActorDiedError(RayTaskError("__init__", "its own error", ValueError("no folder"))),
+        ray.exceptions.RuntimeEnvSetupError("no such package"),
+    ],
+)
+def test_what_a_process_of_rays_fails_at_by_itself_is_no_loss(cause, tmp_path):
+    for error in (ControllerError(cause), cause):
+        assert type(outcome(error, ELSEWHERE, tmp_path / "log")) is LaunchError
+
+
+def test_an_error_of_ours_in_a_task_of_rays_stays_what_it_is(tmp_path):
+    error = ResourceError("The device ran out of memory.", fix="Try a smaller one.")
+
+    found = outcome(ControllerError(met_by_a_task(error)), ELSEWHERE, tmp_path / "log")
+
+    assert found is error
 
 
 def test_a_worker_that_ray_killed_for_its_memory_makes_the_next_ones_passes_smaller(spec):

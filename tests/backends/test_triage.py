@@ -11,6 +11,7 @@ from qlora_core.errors import (
     DataError,
     HeadLostError,
     KilledError,
+    LaunchLostError,
     ModelError,
     NoRoomError,
     NotFiniteError,
@@ -89,9 +90,14 @@ def test_a_store_too_full_for_the_history_is_no_other_error(tmp_path):
     assert "trying again" in incident.sentence()
 
 
-@pytest.mark.parametrize("error", [KilledError("for memory"), LostDriverError("no last words")])
+LAUNCH_LOST = LaunchLostError("A worker was lost while Ray started the others.")
+LOSSES = [KilledError("for memory"), LostDriverError("no last words"), LAUNCH_LOST]
+
+
+@pytest.mark.parametrize("error", LOSSES)
 def test_lost_processes_are_replaced_as_often_as_failures_are_allowed(error, tmp_path):
     triage = Triage(tmp_path, max_failures=2)
+    go_on(tmp_path, 5)
 
     for _ in range(2):
         triage.remedy(error, 5, "0001")
@@ -107,7 +113,28 @@ def go_on(folder, step):
     claim(folder, next_launch(folder), step)
 
 
-@pytest.mark.parametrize("error", [KilledError("for memory"), LostDriverError("no last words")])
+def test_what_was_lost_with_a_launch_is_told_in_its_words(tmp_path):
+    go_on(tmp_path, 5)
+
+    incident, _ = Triage(tmp_path, 5).remedy(LAUNCH_LOST, 7, "0002")
+
+    assert incident.sentence().startswith("Lost launch after step 7: A worker was lost while Ray")
+
+
+def test_workers_that_never_met_are_started_once_more_and_not_as_often_as_may_be(tmp_path):
+    triage = Triage(tmp_path, max_failures=5)
+
+    triage.remedy(LAUNCH_LOST, None, "0001")
+    with pytest.raises(LaunchLostError):
+        triage.remedy(LAUNCH_LOST, None, "0002")
+
+
+def test_no_failures_are_none_before_workers_have_met_too(tmp_path):
+    with pytest.raises(LaunchLostError):
+        Triage(tmp_path, max_failures=0).remedy(LAUNCH_LOST, None, "0001")
+
+
+@pytest.mark.parametrize("error", LOSSES)
 def test_losses_count_anew_where_training_got_on_in_between(error, tmp_path):
     triage = Triage(tmp_path, max_failures=1)
 
