@@ -321,10 +321,10 @@ def outcome(error: Exception, cluster: ClusterConfig, log: Path) -> QLoraError:
             why=str(told[0]) if told else "Workers were lost, or could not be started.",
             fix=again,
         )
-    (met,) = causes(error)
-    first_line = str(met).strip().partition("\n")[0]
-    said = f"{type(met).__name__}: {first_line}"
-    if is_loss(met):
+    (behind,) = causes(error)
+    first_line = str(behind).strip().partition("\n")[0]
+    said = f"{type(behind).__name__}: {first_line}"
+    if is_loss(behind):
         whose = (
             "A worker or node was lost while Ray started or ended workers"
             if isinstance(error, ControllerError)

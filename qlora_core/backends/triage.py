@@ -30,7 +30,7 @@ from qlora_core.errors import (
     storing,
 )
 from qlora_core.training.attempt import read_record
-from qlora_core.training.incidents import count, note
+from qlora_core.training.incidents import count, ended_with, note
 from qlora_core.training.snapshot import FOLDER, snapshots_in, step_of
 
 PAUSES_S = (5.0, 20.0, 60.0)
@@ -124,8 +124,13 @@ class Triage:
         incident, pause_s = self._found(error, step)
         told = incident.model_copy(update={"step": step, "launch": launch})
         with suppress(StoreError):  # no room for the history, perhaps; the person is told
-            note(self.scratch, told)
+            if not self._is_noted(told):
+                note(self.scratch, told)
         return told, pause_s
+
+    def _is_noted(self, told: Incident) -> bool:
+        """Say whether it is a kill that Ray Train's controller has noted (`ray_killed`)."""
+        return told.kind == "out_of_memory" and ended_with(self.scratch, told.kind, told.launch)
 
     def _found(self, error: QLoraError, step: int | None) -> tuple[Incident, float]:
         match error:

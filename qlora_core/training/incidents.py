@@ -78,13 +78,13 @@ def count(scratch: Path, kind: IncidentKind, step: int | None = None) -> int:
 
 
 def ended_with(scratch: Path, kind: IncidentKind, launch: str) -> bool:
-    """Say whether ``kind`` is what ended the launch before ``launch``, and the last that happened.
+    """Say whether ``kind`` is what ended ``launch``, and the last that happened.
 
     Raises:
         StoreError: The history cannot be read.
     """
     past = history(scratch)
-    return bool(past) and past[-1].kind == kind and past[-1].launch == f"{int(launch) - 1:04d}"
+    return bool(past) and past[-1].kind == kind and past[-1].launch == launch
 
 
 def _parsed(lines: list[str]) -> Iterator[Incident]:

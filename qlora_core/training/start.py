@@ -123,7 +123,8 @@ def agree_on_halvings(job: TrainJob, comm: Comm, launch: str, notes: list[str]) 
 
 def _killed_before(scratch: Path, launch: str) -> tuple[int, bool]:
     """Return how often workers were killed, and whether the launcher says so of the last launch."""
-    return count(scratch, "out_of_memory"), ended_with(scratch, "out_of_memory", launch)
+    last = f"{int(launch) - 1:04d}"
+    return count(scratch, "out_of_memory"), ended_with(scratch, "out_of_memory", last)
 
 
 def _incident(told: list[Counted | None], num_rows: int) -> Incident:

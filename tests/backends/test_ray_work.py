@@ -17,6 +17,8 @@ from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
 )
+from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus
+from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from torch.distributed import DistNetworkError
 
 from qlora_core.backends import ray_driver, ray_job_entry, ray_work
@@ -26,7 +28,7 @@ from qlora_core.backends.ray_killed import KillsNoted
 from qlora_core.backends.ray_preflight import is_booked
 from qlora_core.backends.ray_work import await_room, outcome, shares, tell_of_idle_gpus
 from qlora_core.backends.ray_worker import RayHome, RaySpec, WorkerOrder, _is_preempted, _leave
-from qlora_core.backends.triage import LostDriverError
+from qlora_core.backends.triage import LostDriverError, Triage
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import (
     CollectiveError,
@@ -185,21 +187,45 @@ def test_a_worker_that_ray_killed_for_its_memory_makes_the_next_ones_passes_smal
     noted = KillsNoted(WorkerOrder(spec=spec))
     killed = ray.exceptions.OutOfMemoryError("killed: the node was running low on memory")
 
-    noted.after_exception(None, {0: ValueError("an error"), 1: RuntimeError("lost")})
+    poll(noted, {0: ValueError("an error"), 1: RuntimeError("lost")})
     assert history(spec.job.scratch) == ()
 
     on_one_row = ResourceError(
         "The device ran out of memory on a single row.", why="torch.OutOfMemoryError: CUDA"
     )
-    noted.after_exception(
-        None, {0: UserExceptionWithTraceback(on_one_row, traceback_of(on_one_row))}
-    )
-    noted.after_exception(None, {0: torch.OutOfMemoryError("CUDA out of memory")})
+    poll(noted, {0: UserExceptionWithTraceback(on_one_row, traceback_of(on_one_row))})
+    poll(noted, {0: torch.OutOfMemoryError("CUDA out of memory")})
     assert history(spec.job.scratch) == (), "what a device has too little of is not Ray's doing"
 
-    noted.after_exception(None, {0: RuntimeError("lost"), 1: killed})
+    poll(noted, {0: RuntimeError("lost"), 1: killed})
     assert count(spec.job.scratch, "out_of_memory") == 1
     assert "worker 1" in history(spec.job.scratch)[0].what
+
+
+def poll(noted: KillsNoted, met: dict[int, Exception]) -> None:
+    """Have workers polled that ended with what they have met."""
+    ended = {rank: WorkerStatus(running=False, error=error) for rank, error in met.items()}
+    noted.after_worker_group_poll_status(WorkerGroupPollStatus(ended))
+
+
+def test_a_kill_counts_once_however_often_its_group_is_polled_and_if_it_ends_the_launch(spec):
+    noted, scratch = KillsNoted(WorkerOrder(spec=spec)), spec.job.scratch
+    killed = ray.exceptions.OutOfMemoryError("killed: the node was running low on memory")
+    claim(scratch, spec.launch, 0)
+
+    for _ in range(2):
+        noted.before_worker_group_start(None)
+        for _ in range(3):
+            poll(noted, {0: killed})
+    assert count(scratch, "out_of_memory") == 2
+
+    ended = outcome(WorkerGroupError("[Rank 0]", {0: killed}), ELSEWHERE, spec.log)
+    incident, _ = Triage(scratch, 5).remedy(ended, 7, spec.launch)
+    assert incident.kind == "out_of_memory", "a person is told all the same"
+    assert count(scratch, "out_of_memory") == 2
+
+    Triage(scratch, 5).remedy(ended, 7, next_launch(scratch))
+    assert count(scratch, "out_of_memory") == 3, "of workers that were never polled"
 
 
 @pytest.mark.parametrize(

@@ -99,10 +99,10 @@ def test_lost_processes_are_replaced_as_often_as_failures_are_allowed(error, tmp
     triage = Triage(tmp_path, max_failures=2)
     go_on(tmp_path, 5)
 
-    for _ in range(2):
-        triage.remedy(error, 5, "0001")
+    for launch in ("0001", "0002"):
+        triage.remedy(error, 5, launch)
     with pytest.raises(type(error)):
-        triage.remedy(error, 5, "0001")
+        triage.remedy(error, 5, "0003")
 
     assert len(set(kinds(tmp_path))) == 1
     assert len(kinds(tmp_path)) == 2
@@ -140,9 +140,9 @@ def test_losses_count_anew_where_training_got_on_in_between(error, tmp_path):
 
     for step in (10, 20, 30):
         go_on(tmp_path, step)
-        triage.remedy(error, step + 5, "0001")
+        triage.remedy(error, step + 5, f"00{step}")
     with pytest.raises(type(error)):
-        triage.remedy(error, 99, "0001")  # steps that are in no snapshot
+        triage.remedy(error, 99, "0031")  # steps that are in no snapshot
 
     assert len(kinds(tmp_path)) == 3
 
