@@ -121,6 +121,7 @@ IncidentKind = Literal[
     "lost_worker",
     "lost_gpu",
     "lost_driver",
+    "lost_launch",
     "lost_head",
     "ray_gave_up",
     "blind_node",

@@ -18,6 +18,7 @@
        |- KilledError             a process was killed for the memory it took
        |- DeviceError             a GPU has failed
        |- WorkersLostError        workers were lost again and again
+       |- LaunchLostError         a loss that Ray does not get over by itself
        |- HeadLostError           nobody answers where the cluster's head has been
        '- NoRoomError             others use the places or the memory that workers need
 
@@ -136,6 +137,10 @@ class DeviceError(LaunchError):
 
 class WorkersLostError(LaunchError):
     """Workers were lost again and again, each time after new ones had been started."""
+
+
+class LaunchLostError(LaunchError):
+    """A worker, a node or Ray Train's controller was lost where Ray replaces none."""
 
 
 class HeadLostError(LaunchError):

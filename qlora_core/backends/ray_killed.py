@@ -9,8 +9,8 @@ passes of half as many rows.
 from contextlib import suppress
 from typing import Any
 
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError
-from ray.train.v2.api.callback import UserCallback
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from qlora_core.artifacts import Incident
 from qlora_core.backends.ray_worker import WorkerOrder
@@ -44,13 +44,17 @@ def _is_kill(cause: BaseException) -> bool:
 
 
 def _unwrapped(failure: BaseException) -> BaseException:
-    """Return what a worker raised, or what its health check met."""
+    """Return what a worker or a task raised, or what a worker's health check met."""
     inner = getattr(failure, "_base_exc", None) or getattr(failure, "health_check_failure", None)
+    if isinstance(failure, RayTaskError):  # is of its cause's class as well, in parts
+        inner = failure.cause
     return _unwrapped(inner) if inner is not None else failure
 
 
-class KillsNoted(UserCallback):  # type: ignore[misc]  # Ray says nothing of its types
-    """Puts them into the history of the training.
+class KillsNoted(WorkerGroupCallback):  # type: ignore[misc]  # Ray says nothing of its types
+    """Puts them into the history of the training, once for each group of workers.
+
+    A group may be polled for a minute after the kill, while one of its nodes is being taken away.
 
     Args:
         order: What the workers do.
@@ -58,16 +62,19 @@ class KillsNoted(UserCallback):  # type: ignore[misc]  # Ray says nothing of its
 
     def __init__(self, order: WorkerOrder) -> None:
         self._order = order
+        self._is_noted = False
 
-    def after_exception(
-        self,
-        run_context: Any,  # noqa: ARG002  # Ray's signature
-        worker_exceptions: dict[int, Exception],
-    ) -> None:
+    def before_worker_group_start(self, worker_group_context: Any) -> None:  # noqa: ARG002  # Ray's
+        """Look for a kill among new workers."""
+        self._is_noted = False
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Look at what workers have ended with."""
-        killed = [rank for rank, error in worker_exceptions.items() if is_killed(error)]
-        if not killed:
+        met = worker_group_status.errors.items()
+        killed = [rank for rank, error in met if is_killed(error)]
+        if self._is_noted or not killed:
             return
+        self._is_noted = True
         spec = self._order.awaited()
         incident = Incident(
             kind="out_of_memory",

@@ -34,6 +34,7 @@ from qlora_core.backends.node_probe import (
     list_folder,
     probe_plain,
 )
+from qlora_core.backends.ray_losses import is_loss
 from qlora_core.backends.ray_resources import places_on
 from qlora_core.backends.readiness import Node, Wanted, readiness_error
 from qlora_core.config import ClusterConfig
@@ -65,7 +66,8 @@ def require_ready(
     Raises:
         ClusterError: Nodes cannot: all problems of all of them.
         NoRoomError: They could, if others than Ray's workers did not use their memory.
-        LaunchError: Nodes do not answer.
+        LaunchLostError: Nodes do not answer.
+        LaunchError: Nodes fail at answering.
         StoreError: The store cannot be written from here.
     """
     own = ray.get_runtime_context().get_node_id()
@@ -86,10 +88,11 @@ def require_ready(
                 "num_gpus": int(node["Resources"].get("GPU", 0)),
                 "is_booked": is_booked(node["Resources"], free.get(name, {}), gpus),
             }
-            report, silence = answers.of(name)
+            report, silence, is_at_fault = answers.of(name)
             file = question.meeting / name
             wanted, is_heard = of_all.model_copy(update=counted), _holds(file, question.nonce)
-            nodes.append(Node(_called(node), report, silence, wanted, file, is_heard))
+            answer = (report, silence, wanted, file, is_heard, is_at_fault)
+            nodes.append(Node(_called(node), *answer))
     if error := readiness_error(nodes, str(cluster.address)):
         raise error
 
@@ -144,18 +147,19 @@ class _Answers:
         text = question.model_dump_json()
         self._asked = {name: task.options(**_pinned(name)).remote(text, name) for name in names}
 
-    def of(self, name: str) -> tuple[NodeReport | None, str]:
-        """Return the report of a node, or None and why there is none."""
+    def of(self, name: str) -> tuple[NodeReport | None, str, bool]:
+        """Return the report of a node; or None, why there is none, and if the node has failed."""
         asked = self._asked[name]
         try:
             left_s = max(0.0, self._deadline - time.monotonic())
-            return NodeReport.model_validate_json(ray.get(asked, timeout=left_s)), ""
+            return NodeReport.model_validate_json(ray.get(asked, timeout=left_s)), "", False
         except ray.exceptions.GetTimeoutError:
             ray.cancel(asked, force=True)
-            return None, f"it did not answer within {self._answer_s:g} s"
+            return None, f"it did not answer within {self._answer_s:g} s", False
         except RayError as error:
             first_line = str(error).strip().partition("\n")[0]
-            return None, f"it could not be asked: {type(error).__name__}: {first_line}"
+            silence = f"it could not be asked: {type(error).__name__}: {first_line}"
+            return None, silence, not is_loss(error)
 
 
 def _pinned(name: str) -> dict[str, Any]:

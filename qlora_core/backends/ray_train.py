@@ -90,6 +90,7 @@ class RayTrainLauncher:
             try:
                 if self.cluster.address is not None:
                     reach_ray(self.cluster, job.scratch, self.say, self.check)
+                triage.look()
                 launch = next_launch(job.scratch)
                 self._await_memory(job)
                 return self._launch(job, launch, voice)

@@ -27,6 +27,7 @@ from qlora_core.config import ClusterConfig
 from qlora_core.errors import (
     KilledError,
     LaunchError,
+    LaunchLostError,
     NoRoomError,
     QLoraError,
     ResourceError,
@@ -281,7 +282,7 @@ def _num_workers(cluster: ClusterConfig) -> int | tuple[int, int]:
 
 
 def outcome(error: Exception, cluster: ClusterConfig, log: Path) -> QLoraError:
-    """Return what a worker raised, if it is final; otherwise that workers were lost too often.
+    """Return what a worker raised, if it is final; otherwise what Ray Train could not get over.
 
     Args:
         error: What `fit` returned.
@@ -291,6 +292,7 @@ def outcome(error: Exception, cluster: ClusterConfig, log: Path) -> QLoraError:
     from ray.train import ControllerError, WorkerGroupError
 
     from qlora_core.backends.ray_killed import causes, is_killed
+    from qlora_core.backends.ray_losses import is_loss
 
     if isinstance(error, ConnectionError):
         return _line_lost(error, log)
@@ -311,13 +313,25 @@ def outcome(error: Exception, cluster: ClusterConfig, log: Path) -> QLoraError:
             why="Nodes are missing, or others use them.",
             fix=f"Run again when there is room, to go on from the last snapshot. The log: {log}",
         )
-    kind = WorkersLostError if isinstance(error, WorkerGroupError) else LaunchError
-    return kind(
-        f"Training was interrupted more than cluster.max_failures={cluster.max_failures} "
-        f"times: {type(error).__name__}: {first_line}",
-        why=str(told[0]) if told else "Workers were lost, or could not be started.",
-        fix=f"Run again to go on from the last snapshot. The log: {log}",
-    )
+    again = f"Run again to go on from the last snapshot. The log: {log}"
+    if isinstance(error, WorkerGroupError):
+        return WorkersLostError(
+            f"Training was interrupted more than cluster.max_failures={cluster.max_failures} "
+            f"times: {type(error).__name__}: {first_line}",
+            why=str(told[0]) if told else "Workers were lost, or could not be started.",
+            fix=again,
+        )
+    (behind,) = causes(error)
+    first_line = str(behind).strip().partition("\n")[0]
+    said = f"{type(behind).__name__}: {first_line}"
+    if is_loss(behind):
+        whose = (
+            "A worker or node was lost while Ray started or ended workers"
+            if isinstance(error, ControllerError)
+            else "Ray Train's controller was lost"
+        )
+        return LaunchLostError(f"{whose}: {said}", fix=again)
+    return LaunchError(f"Ray Train could not go on: {said}", fix=again)
 
 
 def _line_lost(error: ConnectionError, log: Path) -> LostDriverError:

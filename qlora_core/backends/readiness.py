@@ -16,7 +16,14 @@ from pathlib import Path
 from qlora_core.artifacts import Frozen
 from qlora_core.backends.host_room import HostNeed
 from qlora_core.backends.node_probe import PRESENT, SAME_VERSION, Installation, NodeReport
-from qlora_core.errors import ClusterError, LaunchError, NoRoomError, QLoraError, ResourceError
+from qlora_core.errors import (
+    ClusterError,
+    LaunchError,
+    LaunchLostError,
+    NoRoomError,
+    QLoraError,
+    ResourceError,
+)
 
 _BFLOAT16_SINCE = (8, 0)  # Ampere; older GPUs compute it in float32, several times slower
 _SHOWN = 5  # paths of a node: a folder that is not there has hundreds
@@ -58,6 +65,8 @@ class Node:
     """Where the launcher looked for the node's file."""
     is_heard: bool
     """Whether the launcher found the node's file there."""
+    is_at_fault: bool = False
+    """It was asked and has failed at that; otherwise a silent one is slow, or lost."""
 
 
 def readiness_error(nodes: list[Node], address: str) -> QLoraError | None:
@@ -89,7 +98,8 @@ def readiness_error(nodes: list[Node], address: str) -> QLoraError | None:
             fix="Wait for them or end them, or leave those nodes out; then run again.",
         )
     if silent:
-        return LaunchError(
+        is_lost = not any(node.is_at_fault for node in nodes)
+        return (LaunchLostError if is_lost else LaunchError)(
             f"The cluster at {address} did not answer whole: {'; '.join(silent)}",
             why="Nothing was started. A node may be starting, overloaded, or cut off.",
             fix="Look at those nodes (`ray status`), or take them out of the cluster.",

@@ -20,15 +20,18 @@ from qlora_core.errors import (
     HeadLostError,
     KilledError,
     LaunchError,
+    LaunchLostError,
     NoRoomError,
     NotFiniteError,
     QLoraError,
     StoreAwayError,
     StoreError,
     WorkersLostError,
+    storing,
 )
 from qlora_core.training.attempt import read_record
-from qlora_core.training.incidents import count, note
+from qlora_core.training.incidents import count, ended_with, note
+from qlora_core.training.snapshot import FOLDER, snapshots_in, step_of
 
 PAUSES_S = (5.0, 20.0, 60.0)
 """Before each further try to write to a store that is full, say [seconds]."""
@@ -45,31 +48,43 @@ class LostDriverError(LaunchError):
 class _Streak:
     """How often something has happened since training last got on.
 
-    It has got on when it has gone on from a later snapshot: steps that are in none have to be done
-    again, so they may come a little farther each time for nothing.
+    It has got on when there is a later snapshot: steps that are in none have to be done again, so
+    they may come a little farther each time for nothing.
     """
 
     scratch: Path
     num: int = 0
-    _reached: int = field(init=False)
+    _is_fresh: bool = field(default=False, init=False)
+    """Whether training may have got on before the last time, as nobody could look since."""
+    _reached: int | None = field(init=False)
+    """The newest snapshot that was seen, by its step; none: the store could not be read yet."""
 
     def __post_init__(self) -> None:
         self._reached = self._now()
 
-    def has_got_on(self) -> bool:
-        """Say whether training has got on since this was asked last."""
-        before, self._reached = self._reached, max(self._reached, self._now())
-        return self._reached > before
+    def look(self) -> None:
+        """Count anew if training has got on."""
+        now, before = self._now(), self._reached
+        if now is None:
+            return
+        if before is not None and now > before:
+            self.num = int(self._is_fresh)
+        self._reached, self._is_fresh = max(now, before or 0), False
 
     def one_more(self) -> int:
         """Return how often it has happened, now included."""
-        self.num = 1 if self.has_got_on() else self.num + 1
+        self.num, self._is_fresh = self.num + 1, True
+        self.look()
         return self.num
 
-    def _now(self) -> int:
-        with suppress(StoreError):
-            return max(read_record(self.scratch).started_after, default=0)
-        return 0
+    def _now(self) -> int | None:
+        folder = self.scratch / FOLDER
+        try:
+            with storing(folder, "read"):
+                saved = [step_of(path) for path in snapshots_in(folder)]
+            return max([*read_record(self.scratch).started_after, *saved], default=0)
+        except StoreError:
+            return None
 
 
 @dataclass
@@ -84,7 +99,16 @@ class Triage:
     _given_up: _Streak = field(init=False)
 
     def __post_init__(self) -> None:
-        self._lost, self._away, self._given_up = (_Streak(self.scratch) for _ in range(3))
+        self._lost, self._away = _Streak(self.scratch), _Streak(self.scratch)
+        self._given_up = _Streak(self.scratch, num=1)  # nothing gained yet is as good as once
+
+    def look(self) -> None:
+        """Look how far training has come; to be called before each launch.
+
+        When something has ended a launch the store may be out of reach, and be back by now.
+        """
+        for streak in (self._lost, self._away, self._given_up):
+            streak.look()
 
     def remedy(self, error: QLoraError, step: int | None, launch: str) -> tuple[Incident, float]:
         """Return what is done about ``error``, and how long to wait before [seconds].
@@ -100,8 +124,13 @@ class Triage:
         incident, pause_s = self._found(error, step)
         told = incident.model_copy(update={"step": step, "launch": launch})
         with suppress(StoreError):  # no room for the history, perhaps; the person is told
-            note(self.scratch, told)
+            if not self._is_noted(told):
+                note(self.scratch, told)
         return told, pause_s
+
+    def _is_noted(self, told: Incident) -> bool:
+        """Say whether it is a kill that Ray Train's controller has noted (`ray_killed`)."""
+        return told.kind == "out_of_memory" and ended_with(self.scratch, told.kind, told.launch)
 
     def _found(self, error: QLoraError, step: int | None) -> tuple[Incident, float]:
         match error:
@@ -113,6 +142,8 @@ class Triage:
                 return self._smaller(error), 0.0
             case LostDriverError():
                 return self._again(error), 0.0
+            case LaunchLostError():
+                return self._launch_again(error), 0.0
             case WorkersLostError():
                 return self._anew(error), 0.0
             case NoRoomError():
@@ -149,8 +180,20 @@ class Triage:
         remedy = "Starting again from the last snapshot."
         return Incident(kind="lost_driver", what="Ray's driver process was lost.", remedy=remedy)
 
+    def _launch_again(self, error: LaunchLostError) -> Incident:
+        self._lose(error, most=self.max_failures if self._has_trained() else 1)
+        remedy = "Starting again from the last snapshot."
+        return Incident(kind="lost_launch", what=error.what, remedy=remedy)
+
+    def _has_trained(self) -> bool:
+        """Say whether workers have ever met: if not, it may be a firewall that keeps them apart."""
+        try:
+            return bool(read_record(self.scratch).started_after)
+        except StoreError:
+            return True
+
     def _anew(self, error: WorkersLostError) -> Incident:
-        if not self._given_up.has_got_on():
+        if self._given_up.one_more() > 1:
             raise error
         remedy = "Training got on in between: starting again from the last snapshot."
         return Incident(kind="ray_gave_up", what=error.what, remedy=remedy)
@@ -161,6 +204,6 @@ class Triage:
         remedy = f"Asking again in {_ROOM_PAUSE_S:g} s, from the last snapshot."
         return Incident(kind=kind, what=error.what, remedy=remedy)
 
-    def _lose(self, error: LaunchError) -> None:
-        if self._lost.one_more() > self.max_failures:
+    def _lose(self, error: LaunchError, most: int | None = None) -> None:
+        if self._lost.one_more() > min(self.max_failures, most or self.max_failures):
             raise error

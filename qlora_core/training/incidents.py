@@ -18,6 +18,7 @@ blind_node      a node that joined lacks the store     wait for it; then new wor
 ray_gave_up     more losses than ``max_failures``      a new driver, if training got on in between
 resized         the cluster has more or fewer places   other workers, last snapshot
 lost_driver     the driver process is gone             a new driver, last snapshot
+lost_launch     a loss that Ray does not get over      a new driver, last snapshot
 lost_head       nobody answers where a Ray has been    wait, last snapshot; a few times after a step
 no_room         the cluster has no places for workers  wait, last snapshot; a few times after a step
 not_finite      loss or gradient NaN or infinite       last snapshot, once for a step; then the end
@@ -77,13 +78,13 @@ def count(scratch: Path, kind: IncidentKind, step: int | None = None) -> int:
 
 
 def ended_with(scratch: Path, kind: IncidentKind, launch: str) -> bool:
-    """Say whether ``kind`` is what ended the launch before ``launch``, and the last that happened.
+    """Say whether ``kind`` is what ended ``launch``, and the last that happened.
 
     Raises:
         StoreError: The history cannot be read.
     """
     past = history(scratch)
-    return bool(past) and past[-1].kind == kind and past[-1].launch == f"{int(launch) - 1:04d}"
+    return bool(past) and past[-1].kind == kind and past[-1].launch == launch
 
 
 def _parsed(lines: list[str]) -> Iterator[Incident]:

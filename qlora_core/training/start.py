@@ -15,13 +15,15 @@ from qlora_core.errors import ClusterError, LaunchError, ResourceError, StoreErr
 from qlora_core.ports import TrainJob
 from qlora_core.training.attempt import read_record
 from qlora_core.training.comm import Comm
-from qlora_core.training.incidents import count, ended_with, note
+from qlora_core.training.incidents import count, ended_with, history, note
 from qlora_core.training.journal import add_notes
 from qlora_core.training.killed import Counted, killed_since_last_start
 from qlora_core.training.room import SMALLER
 
 _MOST_KILLED = 2
 """With passes of one row."""
+_SAYS_NOTHING = {"halved", "collective", "out_of_memory", "killed_nearby"}
+"""Of who was lost: what is noted by those that go on, that were left, or that start again."""
 _LOOKS = 12
 _PAUSE_S = 5.0
 """Between two looks for the store on a node that joined: its mount may take a minute."""
@@ -103,8 +105,10 @@ def agree_on_halvings(job: TrainJob, comm: Comm, launch: str, notes: list[str]) 
         ResourceError: Workers were killed again and again, with passes of one row.
         StoreError: The history cannot be read or written.
     """
-    told = comm.gather(killed_since_last_start(job.scratch, launch, comm.rank))
-    before, is_launchers_word = comm.broadcast(_killed_before(job.scratch, launch))
+    told = comm.gather(killed_since_last_start(job.scratch, launch))
+    before, is_launchers_word, is_lost = comm.broadcast(_before(job.scratch, launch, comm))
+    if not is_lost:  # another process of the container: one that measures snapshots, perhaps
+        told = [who and "machine" for who in told]
     most = job.training.micro_batch.bit_length() - 1
     is_own, is_halved = "container" in told, any(told) and before < most
     num_killed: int = before + (is_own or is_halved)
@@ -121,9 +125,22 @@ def agree_on_halvings(job: TrainJob, comm: Comm, launch: str, notes: list[str]) 
     return min(num_killed, most)
 
 
-def _killed_before(scratch: Path, launch: str) -> tuple[int, bool]:
-    """Return how often workers were killed, and whether the launcher says so of the last launch."""
-    return count(scratch, "out_of_memory"), ended_with(scratch, "out_of_memory", launch)
+def _before(scratch: Path, launch: str, comm: Comm) -> tuple[int, bool, bool]:
+    """Return what is known of the workers before these.
+
+    How often were workers killed, does the launcher say so of the last launch, and may one of the
+    last workers be lost without a word of its own? Not if there were more or fewer of them, or if
+    one has said why all start again; that it lost the others says nothing of those.
+    """
+    last = f"{int(launch) - 1:04d}"
+    record = read_record(scratch)
+    has_trained = record.launch == launch and bool(record.token)
+    since = {past.kind for past in history(scratch) if past.unix_time > record.claimed_s}
+    is_lost = not has_trained or (
+        record.num_workers[-1] == comm.world_size and since <= _SAYS_NOTHING
+    )
+    killed = count(scratch, "out_of_memory")
+    return killed, ended_with(scratch, "out_of_memory", last), is_lost
 
 
 def _incident(told: list[Counted | None], num_rows: int) -> Incident:

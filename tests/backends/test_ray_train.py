@@ -107,6 +107,26 @@ def test_a_lost_driver_is_started_again(make_job):
 
 
 @pytest.mark.ray
+def test_a_lost_controller_of_ray_trains_costs_a_new_driver(make_job):
+    alone, killed = train_here(make_job("alone", epochs=12)), []
+
+    def kill_the_controller(metrics: StepMetrics) -> None:
+        if metrics.step == 7:
+            (controller,) = ours("TrainController")
+            killed.append(controller.pid)
+            controller.kill()
+
+    job = make_job("ray", epochs=12)
+    steps, said = train_on_ray(job, kill_the_controller, workers=1)
+
+    assert len(killed) == 1
+    assert losses(steps) == pytest.approx(losses(alone), rel=1e-4)
+    assert "Ray Train's controller was lost" in said
+    assert [incident.kind for incident in history(job.scratch)] == ["lost_launch"]
+    assert ours() == []
+
+
+@pytest.mark.ray
 def test_a_loss_that_stays_without_a_number_is_tried_once_more_and_told(broken_base, make_job):
     job = make_job().model_copy(update={"base": broken_base})
 

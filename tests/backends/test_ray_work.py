@@ -1,6 +1,7 @@
 """What drivers and workers make of what Ray says, told by plain stand-ins for its answers."""
 
 import json
+import pickle
 import threading
 import time
 from contextlib import nullcontext
@@ -10,12 +11,17 @@ import pytest
 import ray
 import ray.train
 import torch
+from ray import cloudpickle
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
 )
+from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus
+from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
+from torch.distributed import DistNetworkError
 
 from qlora_core.backends import ray_driver, ray_job_entry, ray_work
 from qlora_core.backends.node_probe import own_installation
@@ -24,7 +30,7 @@ from qlora_core.backends.ray_killed import KillsNoted
 from qlora_core.backends.ray_preflight import is_booked
 from qlora_core.backends.ray_work import await_room, outcome, shares, tell_of_idle_gpus
 from qlora_core.backends.ray_worker import RayHome, RaySpec, WorkerOrder, _leave, _seconds_left
-from qlora_core.backends.triage import LostDriverError
+from qlora_core.backends.triage import LostDriverError, Triage
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import (
     CollectiveError,
@@ -32,6 +38,7 @@ from qlora_core.errors import (
     HeadLostError,
     KilledError,
     LaunchError,
+    LaunchLostError,
     NoRoomError,
     ResourceError,
     TrainingError,
@@ -120,25 +127,107 @@ def test_a_cluster_without_room_is_told_from_workers_that_were_lost(tmp_path):
     assert type(outcome(broken, cluster, log)) is LaunchError
 
 
+def met_by_a_task(cause: Exception) -> Exception:
+    """What `ray.get` raises: an error of Ray's and of its cause's class at once."""
+    return RayTaskError("setup", str(cause), cause).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        ActorDiedError(),
+        met_by_a_task(
+            DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed.")
+        ),
+        met_by_a_task(RuntimeError("Gloo connectFullMesh failed with Connection closed by peer")),
+        met_by_a_task(ActorDiedError()),
+        ray.exceptions.NodeDiedError("its node is dead"),
+    ],
+)
+def test_a_worker_lost_while_ray_starts_it_is_worth_another_launch_and_told_as_that(
+    cause, tmp_path
+):
+    error = pickle.loads(cloudpickle.dumps(ControllerError(cause)))  # as it comes from Ray
+
+    found = outcome(error, ELSEWHERE, tmp_path / "log")
+
+    assert type(found) is LaunchLostError
+    assert "while Ray started or ended workers" in found.what
+    assert "max_failures" not in str(found)
+
+
+def test_ray_trains_own_process_may_be_lost_as_any_other(tmp_path):
+    found = outcome(ActorDiedError(), ELSEWHERE, tmp_path / "log")
+
+    assert type(found) is LaunchLostError
+    assert "Ray Train's controller was lost: ActorDiedError" in found.what
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        met_by_a_task(ModuleNotFoundError("No module named 'gone'")),
+        met_by_a_task(RuntimeError("Distributed package doesn't have NCCL built in")),
+        ActorDiedError(RayTaskError("__init__", "its own error", ValueError("no folder"))),
+        ray.exceptions.RuntimeEnvSetupError("no such package"),
+    ],
+)
+def test_what_a_process_of_rays_fails_at_by_itself_is_no_loss(cause, tmp_path):
+    for error in (ControllerError(cause), cause):
+        assert type(outcome(error, ELSEWHERE, tmp_path / "log")) is LaunchError
+
+
+def test_an_error_of_ours_in_a_task_of_rays_stays_what_it_is(tmp_path):
+    error = ResourceError("The device ran out of memory.", fix="Try a smaller one.")
+
+    found = outcome(ControllerError(met_by_a_task(error)), ELSEWHERE, tmp_path / "log")
+
+    assert found is error
+
+
 def test_a_worker_that_ray_killed_for_its_memory_makes_the_next_ones_passes_smaller(spec):
     noted = KillsNoted(WorkerOrder(spec=spec))
     killed = ray.exceptions.OutOfMemoryError("killed: the node was running low on memory")
 
-    noted.after_exception(None, {0: ValueError("an error"), 1: RuntimeError("lost")})
+    poll(noted, {0: ValueError("an error"), 1: RuntimeError("lost")})
     assert history(spec.job.scratch) == ()
 
     on_one_row = ResourceError(
         "The device ran out of memory on a single row.", why="torch.OutOfMemoryError: CUDA"
     )
-    noted.after_exception(
-        None, {0: UserExceptionWithTraceback(on_one_row, traceback_of(on_one_row))}
-    )
-    noted.after_exception(None, {0: torch.OutOfMemoryError("CUDA out of memory")})
+    poll(noted, {0: UserExceptionWithTraceback(on_one_row, traceback_of(on_one_row))})
+    poll(noted, {0: torch.OutOfMemoryError("CUDA out of memory")})
     assert history(spec.job.scratch) == (), "what a device has too little of is not Ray's doing"
 
-    noted.after_exception(None, {0: RuntimeError("lost"), 1: killed})
+    poll(noted, {0: RuntimeError("lost"), 1: killed})
     assert count(spec.job.scratch, "out_of_memory") == 1
     assert "worker 1" in history(spec.job.scratch)[0].what
+
+
+def poll(noted: KillsNoted, met: dict[int, Exception]) -> None:
+    """Have workers polled that ended with what they have met."""
+    ended = {rank: WorkerStatus(running=False, error=error) for rank, error in met.items()}
+    noted.after_worker_group_poll_status(WorkerGroupPollStatus(ended))
+
+
+def test_a_kill_counts_once_however_often_its_group_is_polled_and_if_it_ends_the_launch(spec):
+    noted, scratch = KillsNoted(WorkerOrder(spec=spec)), spec.job.scratch
+    killed = ray.exceptions.OutOfMemoryError("killed: the node was running low on memory")
+    claim(scratch, spec.launch, 0)
+
+    for _ in range(2):
+        noted.before_worker_group_start(None)
+        for _ in range(3):
+            poll(noted, {0: killed})
+    assert count(scratch, "out_of_memory") == 2
+
+    ended = outcome(WorkerGroupError("[Rank 0]", {0: killed}), ELSEWHERE, spec.log)
+    incident, _ = Triage(scratch, 5).remedy(ended, 7, spec.launch)
+    assert incident.kind == "out_of_memory", "a person is told all the same"
+    assert count(scratch, "out_of_memory") == 2
+
+    Triage(scratch, 5).remedy(ended, 7, next_launch(scratch))
+    assert count(scratch, "out_of_memory") == 3, "of workers that were never polled"
 
 
 @pytest.mark.parametrize(

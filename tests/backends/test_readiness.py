@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,13 @@ import pytest
 from qlora_core.backends.host_room import HostNeed
 from qlora_core.backends.node_probe import Difference, Gpu, Installation, NodeReport, own_versions
 from qlora_core.backends.readiness import Node, Wanted, memory_error, readiness_error
-from qlora_core.errors import ClusterError, LaunchError, NoRoomError, ResourceError
+from qlora_core.errors import (
+    ClusterError,
+    LaunchError,
+    LaunchLostError,
+    NoRoomError,
+    ResourceError,
+)
 
 VERSIONS = own_versions()
 CODE = "c" * 64
@@ -185,8 +192,16 @@ def test_of_many_lost_files_a_few_are_told_and_the_others_counted():
 def test_a_node_that_only_does_not_answer_may_do_so_later():
     error = readiness_error([node(), node("10.0.0.9", silence="it said nothing")], "head:6379")
 
-    assert isinstance(error, LaunchError)
+    assert isinstance(error, LaunchLostError)
     assert "node 10.0.0.9: it said nothing" in str(error)
+
+
+def test_a_node_that_fails_at_answering_is_not_asked_as_if_it_were_lost():
+    broken = replace(node("10.0.0.9", silence="it could not be asked"), is_at_fault=True)
+
+    error = readiness_error([node(), node("10.0.0.8", silence="it is gone"), broken], "head:6379")
+
+    assert type(error) is LaunchError
 
 
 def test_a_silent_node_is_told_beside_the_problems_of_others():

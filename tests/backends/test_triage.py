@@ -1,5 +1,7 @@
 """Each fault has its remedy, and none is tried for ever."""
 
+from contextlib import contextmanager
+
 import pytest
 
 from qlora_core.backends.triage import LostDriverError, Triage
@@ -9,6 +11,7 @@ from qlora_core.errors import (
     DataError,
     HeadLostError,
     KilledError,
+    LaunchLostError,
     ModelError,
     NoRoomError,
     NotFiniteError,
@@ -20,6 +23,7 @@ from qlora_core.errors import (
 )
 from qlora_core.training.attempt import claim, next_launch
 from qlora_core.training.incidents import history
+from qlora_core.training.snapshot import FOLDER
 
 
 def kinds(folder):
@@ -86,14 +90,19 @@ def test_a_store_too_full_for_the_history_is_no_other_error(tmp_path):
     assert "trying again" in incident.sentence()
 
 
-@pytest.mark.parametrize("error", [KilledError("for memory"), LostDriverError("no last words")])
+LAUNCH_LOST = LaunchLostError("A worker was lost while Ray started the others.")
+LOSSES = [KilledError("for memory"), LostDriverError("no last words"), LAUNCH_LOST]
+
+
+@pytest.mark.parametrize("error", LOSSES)
 def test_lost_processes_are_replaced_as_often_as_failures_are_allowed(error, tmp_path):
     triage = Triage(tmp_path, max_failures=2)
+    go_on(tmp_path, 5)
 
-    for _ in range(2):
-        triage.remedy(error, 5, "0001")
+    for launch in ("0001", "0002"):
+        triage.remedy(error, 5, launch)
     with pytest.raises(type(error)):
-        triage.remedy(error, 5, "0001")
+        triage.remedy(error, 5, "0003")
 
     assert len(set(kinds(tmp_path))) == 1
     assert len(kinds(tmp_path)) == 2
@@ -104,15 +113,36 @@ def go_on(folder, step):
     claim(folder, next_launch(folder), step)
 
 
-@pytest.mark.parametrize("error", [KilledError("for memory"), LostDriverError("no last words")])
+def test_what_was_lost_with_a_launch_is_told_in_its_words(tmp_path):
+    go_on(tmp_path, 5)
+
+    incident, _ = Triage(tmp_path, 5).remedy(LAUNCH_LOST, 7, "0002")
+
+    assert incident.sentence().startswith("Lost launch after step 7: A worker was lost while Ray")
+
+
+def test_workers_that_never_met_are_started_once_more_and_not_as_often_as_may_be(tmp_path):
+    triage = Triage(tmp_path, max_failures=5)
+
+    triage.remedy(LAUNCH_LOST, None, "0001")
+    with pytest.raises(LaunchLostError):
+        triage.remedy(LAUNCH_LOST, None, "0002")
+
+
+def test_no_failures_are_none_before_workers_have_met_too(tmp_path):
+    with pytest.raises(LaunchLostError):
+        Triage(tmp_path, max_failures=0).remedy(LAUNCH_LOST, None, "0001")
+
+
+@pytest.mark.parametrize("error", LOSSES)
 def test_losses_count_anew_where_training_got_on_in_between(error, tmp_path):
     triage = Triage(tmp_path, max_failures=1)
 
     for step in (10, 20, 30):
         go_on(tmp_path, step)
-        triage.remedy(error, step + 5, "0001")
+        triage.remedy(error, step + 5, f"00{step}")
     with pytest.raises(type(error)):
-        triage.remedy(error, 99, "0001")  # steps that are in no snapshot
+        triage.remedy(error, 99, "0031")  # steps that are in no snapshot
 
     assert len(kinds(tmp_path)) == 3
 
@@ -128,6 +158,65 @@ def test_a_disk_that_is_full_for_a_moment_now_and_then_is_waited_for_each_time(t
         triage.remedy(error, 201, "0001")
 
     assert pauses == [1.0, 2.0, 1.0, 1.0, 2.0]
+
+
+def save(folder, step):
+    """Have the workers that train leave a snapshot."""
+    (folder / FOLDER / f"step_{step:08d}-0001.1").mkdir(parents=True)
+
+
+def test_a_snapshot_is_progress_before_anybody_has_gone_on_from_it(tmp_path):
+    triage, error = Triage(tmp_path, 5, pauses_s=(1.0, 2.0)), StoreAwayError("the disk is full")
+    lost = WorkersLostError("lost six times")
+    go_on(tmp_path, 0)
+
+    pauses = [triage.remedy(error, 0, "0001")[1] for _ in range(2)]
+    save(tmp_path, 4000)
+    pauses += [triage.remedy(error, 4000, "0001")[1]]
+    triage.look()
+    incident, _ = triage.remedy(lost, 4001, "0001")
+
+    assert pauses == [1.0, 2.0, 1.0]
+    assert incident.kind == "ray_gave_up"
+
+
+@contextmanager
+def unreadable(folder):
+    """Let reading anything below ``folder`` fail, as a network file system does for a moment."""
+    aside = folder.with_name("aside")
+    folder.rename(aside)
+    folder.symlink_to(folder)  # ELOOP for whoever looks
+    try:
+        yield
+    finally:
+        folder.unlink()
+        aside.rename(folder)
+
+
+def test_a_store_that_cannot_be_read_does_not_say_that_nothing_was_gained(tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    triage, error = Triage(scratch, 5, pauses_s=(1.0, 2.0)), StoreAwayError("it is out of reach")
+
+    pauses = []
+    for step in (100, 500, 900, 1300):
+        triage.look()
+        save(scratch, step)
+        with unreadable(scratch):
+            pauses.append(triage.remedy(error, step, "0001")[1])
+
+    assert pauses == [1.0, 2.0, 2.0, 2.0]
+
+
+def test_where_the_store_could_not_be_read_at_first_what_is_in_it_is_no_progress(tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    save(scratch, 4000)
+    with unreadable(scratch):
+        triage = Triage(scratch, max_failures=5)
+
+    with pytest.raises(WorkersLostError):
+        triage.remedy(WorkersLostError("lost six times"), 4001, "0001")
 
 
 def test_where_ray_has_given_up_it_is_asked_again_if_training_got_on_in_between(tmp_path):

@@ -172,9 +172,9 @@ def kernel(tmp_path, monkeypatch):
 
 @pytest.fixture
 def start(tmp_path):
-    """Start worker 0; return whose count has grown since it last started."""
+    """Start a worker; return whose count has grown since it last started."""
     (tmp_path / "scratch").mkdir()
-    return lambda launch="0001": killed_since_last_start(tmp_path / "scratch", launch, 0)
+    return lambda launch="0001": killed_since_last_start(tmp_path / "scratch", launch)
 
 
 def test_the_kernels_kills_count_from_the_last_start_of_the_same_launch(kernel, start):
@@ -260,6 +260,34 @@ def test_what_the_container_kills_with_one_row_ends_a_run_the_second_time(kernel
     assert (num_halvings, "going on as it is" in told) == (0, True)
     assert "came back" in caught.value.why
     assert "dataset.max_length" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "kind", "is_own"),
+    [
+        (1, None, True),
+        (1, "collective", True),
+        (1, "killed_nearby", True),
+        (1, "lost_gpu", False),
+        (2, None, False),
+    ],
+)
+def test_a_kill_in_the_container_is_a_workers_if_one_was_lost_without_a_word(
+    num_workers, kind, is_own, kernel, make_job
+):
+    job = make_job(micro_batch=1)
+    launch = next_launch(job.scratch)
+    kernel.counts(machine=0, container=0)
+    agree(job, launch)
+    claim(job.scratch, launch, 0, num_workers)
+    if kind:
+        note(job.scratch, Incident(kind=kind, what="It says so.", remedy="New workers."))
+    kernel.counts(machine=0, container=1)
+
+    agree(job, launch)
+
+    assert count(job.scratch, "out_of_memory") == int(is_own)
+    assert history(job.scratch)[-1].kind == ("out_of_memory" if is_own else "killed_nearby")
 
 
 def test_a_run_that_ended_so_may_be_tried_again_with_more_memory(kernel, make_job):

@@ -406,6 +406,6 @@ def test_a_node_whose_mount_comes_a_little_later_only_delays_training(
 
 def test_a_count_of_kills_is_no_reason_to_make_the_store(tmp_path):
     with pytest.raises(StoreError):
-        killed_since_last_start(tmp_path / "store" / "scratch", "0001", 0)
+        killed_since_last_start(tmp_path / "store" / "scratch", "0001")
 
     assert list(tmp_path.iterdir()) == []
