@@ -201,10 +201,12 @@ def _note(spec: RaySpec, error: LaunchError, kind: IncidentKind) -> None:
         note(spec.job.scratch, incident)
 
 
-def unforeseen(error: Exception, who: str, log: Path) -> TrainingError:
+def unforeseen(
+    error: Exception, who: str, log: Path, kind: type[QLoraError] = TrainingError
+) -> QLoraError:
     """Return an error for what nobody has thought of: the end of its traceback, secrets masked."""
     last_lines = "".join(traceback.format_exception(error)).strip().splitlines()[-8:]
-    return TrainingError(
+    return kind(
         mask_secrets(f"{who} failed: {type(error).__name__}: {error}"),
         why=mask_secrets("\n".join(last_lines)),
         fix=f"The whole log: {log}",
