@@ -30,7 +30,7 @@ def ask_on_cluster(cluster: ClusterConfig, spec: AskSpec, cpus: int, gpus: float
         gpus: Of a worker.
 
     Raises:
-        LaunchError: Workers were lost more often than `cluster.max_failures`.
+        LaunchError: Workers were lost more often than `cluster.max_failures`, or replies were.
         StoreError: There is no room for replies, say.
         QLoraError: What a worker met.
     """
@@ -62,12 +62,24 @@ class _Crew:
         self._num_lost = 0
 
     def work(self) -> None:
-        """Return when every batch is replied to."""
+        """Return when every batch is replied to.
+
+        Raises:
+            LaunchError: Workers were lost too often, or replies.
+            QLoraError: What a worker met.
+        """
         for _ in range(self._cluster.max_workers):
             self._send_for_one()
         while self._left is None or self._left or any(b for _, b in self._calls.values()):
             (call,), _ = ray.wait(list(self._calls), num_returns=1)
             self._hear(call)
+        if not self._replies.are_whole:
+            raise LaunchError(
+                f"Replies that were written to {self._spec.replies_file} are not there.",
+                why="Another driver of this evaluation seems to write there, too: one whose flow "
+                "was killed, or another run of the recipe.",
+                fix="Run again when it has ended (`ray job list`): what was answered is kept.",
+            )
 
     def _send_for_one(self) -> None:
         worker = self._hire()

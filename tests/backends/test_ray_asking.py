@@ -1,7 +1,9 @@
 """How batches are shared among askers that fail; Ray is played by askers in this process."""
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +44,7 @@ class ScriptedAsker:
 
     errors: list[QLoraError | None]
     is_killed: bool = False
+    asked: list[Batch] = field(default_factory=list)
 
     @property
     def prepare(self) -> SimpleNamespace:
@@ -52,8 +55,8 @@ class ScriptedAsker:
         return SimpleNamespace(remote=self._reply)
 
     def _reply(self, batch: str) -> "Call":
-        asked = Batch.model_validate_json(batch)
-        return self._say(Said(reply=Reply(batch=asked, nats=(0.5,))))
+        self.asked.append(Batch.model_validate_json(batch))
+        return self._say(Said(reply=Reply(batch=self.asked[-1], nats=(0.5,))))
 
     def _say(self, said: Said) -> "Call":
         assert not self.is_killed
@@ -91,6 +94,19 @@ def no_ray(monkeypatch):
     monkeypatch.setattr(ray, "kill", kill)
 
 
+class Overwritten(Replies):
+    """Replies among which somebody writes, when the second one comes."""
+
+    def __init__(self, path: Path, act: Callable[[], None]) -> None:
+        super().__init__(path)
+        self._act = act
+
+    def keep(self, reply: Reply) -> None:
+        super().keep(reply)
+        if reply.batch == BATCHES[1]:
+            self._act()
+
+
 def work(spec: AskSpec, hired: Hired, *, workers: int = 1, max_failures: int = 5) -> None:
     cluster = ClusterConfig(address="head:6379", workers=workers, max_failures=max_failures)
     _Crew(hired, Replies(spec.replies_file), cluster, spec).work()
@@ -118,6 +134,23 @@ def test_workers_are_replaced_as_often_as_any_that_are_lost(spec):
 
     assert met.value.is_transient
     assert len(hired.askers) == 3
+
+
+def test_replies_that_another_driver_has_overwritten_are_told_and_asked_again(spec):
+    def overwrite_the_first() -> None:
+        first, *others = spec.replies_file.read_bytes().splitlines(keepends=True)
+        spec.replies_file.write_bytes(b"".join([first.replace(b"batch", b"b"), *others]))
+
+    hired = Hired([[]])
+    replies = Overwritten(spec.replies_file, overwrite_the_first)
+    cluster = ClusterConfig(address="head:6379", workers=1)
+
+    with pytest.raises(LaunchError, match="are not there"):
+        _Crew(hired, replies, cluster, spec).work()
+    work(spec, hired)
+
+    assert len(hired.askers[1].asked) == 1
+    assert {reply.batch for reply in read_replies(spec.replies_file)} == set(BATCHES)
 
 
 def test_what_another_worker_would_meet_as_well_ends_the_evaluation(spec):
