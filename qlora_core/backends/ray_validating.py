@@ -6,8 +6,9 @@ clock, and are nobody else's business; so the driver looks for new ones itself, 
 training waits for measures the newest. What came in between, or is not done when training ends, is
 left out and counted: the adapter that comes of it is evaluated anyway.
 
-Nodes come and go, so whether there is room for that worker is asked again with each poll: it is
-killed when there is no more, and another one begun when there is again.
+Nodes come and go, and workers are started anew, so whether there is room for that worker is asked
+again with each poll: it is killed when there is none, or those that train wait for their places,
+and another one begun when that is over.
 """
 
 import threading
@@ -54,7 +55,10 @@ class Place(Protocol):
         """Workers that there must be room for."""
 
     def has_room(self) -> bool:
-        """Say whether there is room now."""
+        """Say whether there is room now beside all that train."""
+
+    def is_training_placed(self) -> bool:
+        """Say whether all that train have their places now."""
 
     def hire(self, job: TrainJob) -> Judge:
         """Book a judge for the snapshots of ``job``."""
@@ -142,7 +146,7 @@ class Measuring:
             LaunchError: Judges were lost too often.
             Exception: What a judge met, or Ray.
         """
-        if not self._place.has_room():
+        if not (self._place.has_room() and self._place.is_training_placed()):
             self.dismiss()
         elif self._judge is None:
             self._judge = self._place.hire(self._job)
