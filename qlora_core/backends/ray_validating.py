@@ -20,10 +20,11 @@ from typing import Protocol
 from ray.exceptions import RayActorError
 
 from qlora_core.backends.ray_worker import RaySpec
-from qlora_core.errors import LaunchError, QLoraError, StoreError
+from qlora_core.errors import LaunchError, QLoraError, StoreError, storing
 from qlora_core.ports import TrainJob
 from qlora_core.training.journal import (
     VALIDATIONS_FILE,
+    Patience,
     Validation,
     add_validation,
     read_validations,
@@ -110,7 +111,7 @@ class _Beside(threading.Thread):
         if self._measuring is None:
             return
         self.join(timeout=_END_S)
-        with suppress(OSError):  # a store that cannot be read: training's say
+        with suppress(StoreError):  # training's say
             self._measuring.tell_left_out()
 
 
@@ -127,12 +128,14 @@ class Measuring:
         self._judge: Judge | None = None
         self._is_asked = False
         self._num_lost = 0
+        self._looks = Patience()
         self._measured: set[int] = set()
         self._seen: set[int] = set()
 
     def begin(self) -> None:
         """Learn what was measured before; say so if there is no room yet."""
-        self._measured = _measured_steps(self._job.scratch / VALIDATIONS_FILE)
+        file = self._job.scratch / VALIDATIONS_FILE
+        self._measured = self._looks.look(lambda: _measured_steps(file)) or set()
         if not self._place.has_room():
             self.tell(
                 "snapshots.validate_beside: there is no room for a worker more; snapshots are "
@@ -199,7 +202,13 @@ class Measuring:
         """Take note of all snapshots; return the newest."""
         from qlora_core.training.snapshot import FOLDER, snapshots_in, step_of
 
-        folders = snapshots_in(self._job.scratch / FOLDER)
+        root = self._job.scratch / FOLDER
+
+        def look() -> list[Path]:
+            with storing(root, "read"):
+                return snapshots_in(root)
+
+        folders = self._looks.look(look) or []
         self._seen |= {step_of(folder) for folder in folders}
         return folders[0] if folders else None
 
@@ -215,7 +224,8 @@ def _reason(error: Exception) -> str:
 
 
 def _measured_steps(file: Path) -> set[int]:
-    if not file.exists():
-        return set()
-    found = read_validations(file.read_text("utf-8", errors="replace").splitlines())
+    with storing(file, "read"):
+        if not file.exists():
+            return set()
+        found = read_validations(file.read_text("utf-8", errors="replace").splitlines())
     return {each.step for each in found if each.heldout_loss is not None}

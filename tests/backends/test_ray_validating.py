@@ -4,6 +4,7 @@ Whatever needs no Ray is tested without: in a place whose room comes and goes, b
 answer, die or fail as they are told.
 """
 
+import errno
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from qlora_core.backends.ray_validating import Measuring, validated_beside
 from qlora_core.backends.ray_worker import RaySpec
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import LaunchError, ResourceError
+from qlora_core.training import snapshot
 from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.incidents import history
 from qlora_core.training.journal import VALIDATIONS_FILE, Validation, read_validations
@@ -158,6 +160,23 @@ def test_no_judge_is_there_while_those_that_train_wait_for_their_places(job, pla
 
     assert place.judge.asked == [10]
     assert notes(job) == [], "there is room"
+
+
+def test_a_store_that_cannot_be_read_for_a_moment_ends_no_measuring(job, place, monkeypatch):
+    measuring, look = Measuring(job, place), snapshot.snapshots_in
+    measuring.begin()
+    save(job, 10)
+
+    def hiccup(_) -> list[Path]:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(snapshot, "snapshots_in", hiccup)
+    measuring.poll()
+    assert place.judge.asked == []
+    monkeypatch.setattr(snapshot, "snapshots_in", look)
+    measuring.poll()
+
+    assert place.judge.asked == [10]
 
 
 def test_nothing_is_measured_twice_whoever_measured_it(job, place):
