@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_core.artifacts import Frozen
+from qlora_core.backends.masking import mask_credentials
 from qlora_core.backends.mlflow_database import ensure_database
 from qlora_core.errors import LaunchError
 
@@ -26,11 +27,6 @@ PATIENCE = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-MASK = "***"
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s]+(?=@)")
-_SECRET_NAMES = re.compile(r".*(TOKEN|PASSWORD|SECRET|KEY|AUTH_STRING)", re.IGNORECASE)
-_SECRETS = re.compile(r"(?<=Bearer )[\w.~+/=-]+|\bhf_\w{16,}")
-_SHORTEST_SECRET = 8  # variables of such names also hold `1` and `none`
 _REASON = re.compile(r"(?<=\d\] )[\w ]+|timed out|too many \d+ error responses")  # [Errno 111] ...
 _QUIET = ("mlflow.store.db.utils", "alembic", "urllib3.connectionpool")
 
@@ -50,27 +46,6 @@ def local_place(store: Path) -> Place:
         tracking_uri=f"sqlite:///{store / 'mlflow.db'}",
         artifact_location=(store / "mlartifacts").as_uri(),
     )
-
-
-def mask_credentials(text: str) -> str:
-    """Return ``text`` with the user and password of every URI in it masked.
-
-    >>> mask_credentials("https://me:secret@mlflow.example/api")
-    'https://***@mlflow.example/api'
-    """
-    return _CREDENTIALS.sub(MASK, text)
-
-
-def mask_secrets(text: str) -> str:
-    """Return ``text`` without what opens doors: credentials, tokens, this process's own secrets.
-
-    >>> mask_secrets("Authorization: Bearer c4nary")
-    'Authorization: Bearer ***'
-    """
-    for name, value in os.environ.items():
-        if _SECRET_NAMES.fullmatch(name) and len(value) >= _SHORTEST_SECRET:
-            text = text.replace(value, MASK)
-    return _SECRETS.sub(MASK, mask_credentials(text))
 
 
 def connect(tracking_uri: str) -> Any:

@@ -30,7 +30,8 @@ from qlora_core.backends.journal import (
     StartRecord,
     TagsRecord,
 )
-from qlora_core.backends.mlflow_client import connect, is_refused, mask_credentials
+from qlora_core.backends.masking import mask_credentials
+from qlora_core.backends.mlflow_client import connect, is_refused
 from qlora_core.backends.mlflow_run import (
     Destination,
     create_run,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from qlora_core.artifacts import Frozen
 from qlora_core.backends.journal import EndRecord, Journal, StartRecord
-from qlora_core.backends.mlflow_client import MASK, mask_credentials
+from qlora_core.backends.masking import MASK, mask_credentials
 from qlora_core.backends.mlflow_delivery import Delivery
 from qlora_core.backends.mlflow_run import Destination, continued, load_destination
 from qlora_core.errors import ArtifactError, UserError

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from qlora_core.artifacts import Frozen
 from qlora_core.backends.journal import replace_file
-from qlora_core.backends.mlflow_client import find_experiment, is_absent, mask_credentials
+from qlora_core.backends.masking import mask_credentials
+from qlora_core.backends.mlflow_client import find_experiment, is_absent
 
 JOURNAL_TAG = "qlora.journal"
 

@@ -30,13 +30,8 @@ from qlora_core.backends.journal import (
     StartRecord,
     TagsRecord,
 )
-from qlora_core.backends.mlflow_client import (
-    connect,
-    local_place,
-    mask_credentials,
-    mask_secrets,
-    source_tags,
-)
+from qlora_core.backends.masking import mask_credentials, mask_secrets
+from qlora_core.backends.mlflow_client import connect, local_place, source_tags
 from qlora_core.backends.mlflow_delivery import Delivery
 from qlora_core.backends.mlflow_replay import BUSY, TrackingReport, replay, report_of, waiting
 from qlora_core.backends.mlflow_run import Destination, continued, new_journal_id

@@ -1,18 +1,19 @@
 """What Ray runs on each worker of an evaluation: load the model once, then answer batch by batch.
 
 Whatever goes wrong is *said*, as plain fields, and not raised: Ray would wrap it, and the driver
-has to tell an error of ours, which ends the evaluation, from a lost worker, which does not.
+has to tell an error of ours, which ends the evaluation, from a lost worker, which does not; nor
+does one whose GPU has failed, or that cannot read the store just now.
 """
 
-import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 from qlora_core.artifacts import Frozen
 from qlora_core.backends.ray_device import booked_device
+from qlora_core.backends.ray_worker import unforeseen
 from qlora_core.backends.replies import REPLIES_FILE
-from qlora_core.errors import QLoraError
+from qlora_core.errors import QLoraError, hiccups_told
 from qlora_core.ports import AskJob, Batch, Reply
 
 
@@ -73,18 +74,14 @@ class Asker:
         return Said(batches=self._interview.batches)
 
     def _saying(self, act: Callable[[], Said]) -> str:
+        from qlora_core.training.device import lost_devices_told
+
         try:
-            said = act()
+            with hiccups_told(self._spec.job.model), lost_devices_told():
+                said = act()
         except QLoraError as error:
             said = Said(error=error.to_json())
         except Exception as error:
-            said = Said(error=self._unforeseen(error).to_json())
+            unknown = unforeseen(error, "A worker in evaluation", self._spec.log, QLoraError)
+            said = Said(error=unknown.to_json())
         return said.model_dump_json()
-
-    def _unforeseen(self, error: Exception) -> QLoraError:
-        last_lines = "".join(traceback.format_exception(error)).strip().splitlines()[-8:]
-        return QLoraError(
-            f"A worker failed in evaluation: {type(error).__name__}: {error}",
-            why="\n".join(last_lines),
-            fix=f"The whole log: {self._spec.log}",
-        )

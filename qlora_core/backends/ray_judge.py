@@ -2,7 +2,8 @@
 
 Training must never wait for its place. Ray Train counts what the nodes have in all, not what is
 free, and gives up after some failures to take it. So the nodes must hold more workers than training
-may ever take; nothing less leaves room, whatever is idle at the moment.
+may ever take; nothing less leaves room, whatever is idle at the moment. Nor is that enough, as
+others may hold the rest: there is such a worker only while those that train have their places.
 
 Every driver loads this module, so what takes seconds to import is imported where it is used.
 """
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import GetTimeoutError
+from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qlora_core.backends.ray_device import booked_device
@@ -161,6 +163,13 @@ class WorkerMore:
     def has_room(self) -> bool:
         """Say whether there is room now."""
         return self.fits(ray.nodes())
+
+    def is_training_placed(self) -> bool:
+        """Say whether all workers that train have their places now."""
+        groups = placement_group_table()  # of everybody; an id ends with that of its job
+        job = ray.get_runtime_context().get_job_id()
+        ours = {group["state"] for name, group in groups.items() if name.endswith(job)}
+        return ours - {"REMOVED"} == {"CREATED"}
 
     def booking(self, nodes: list[dict[str, Any]]) -> dict[str, Any]:
         """Return Ray's options for what there is room for.

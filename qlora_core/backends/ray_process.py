@@ -184,8 +184,8 @@ def _environment(cluster: ClusterConfig) -> dict[str, str]:
     environment = (
         dict(os.environ) | _RAY_SETTINGS | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     )
+    environment.pop("RAY_ADDRESS", None)  # Ray would take it where the address given is `auto`
     if cluster.address is None:
-        environment.pop("RAY_ADDRESS", None)
         environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody preempts this machine
         environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "120"  # it may be busy, not lost
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}

@@ -6,8 +6,9 @@ clock, and are nobody else's business; so the driver looks for new ones itself, 
 training waits for measures the newest. What came in between, or is not done when training ends, is
 left out and counted: the adapter that comes of it is evaluated anyway.
 
-Nodes come and go, so whether there is room for that worker is asked again with each poll: it is
-killed when there is no more, and another one begun when there is again.
+Nodes come and go, and workers are started anew, so whether there is room for that worker is asked
+again with each poll: it is killed when there is none, or those that train wait for their places,
+and another one begun when that is over.
 """
 
 import threading
@@ -19,10 +20,11 @@ from typing import Protocol
 from ray.exceptions import RayActorError
 
 from qlora_core.backends.ray_worker import RaySpec
-from qlora_core.errors import LaunchError, QLoraError, StoreError
+from qlora_core.errors import LaunchError, QLoraError, StoreError, storing
 from qlora_core.ports import TrainJob
 from qlora_core.training.journal import (
     VALIDATIONS_FILE,
+    Patience,
     Validation,
     add_validation,
     read_validations,
@@ -54,7 +56,10 @@ class Place(Protocol):
         """Workers that there must be room for."""
 
     def has_room(self) -> bool:
-        """Say whether there is room now."""
+        """Say whether there is room now beside all that train."""
+
+    def is_training_placed(self) -> bool:
+        """Say whether all that train have their places now."""
 
     def hire(self, job: TrainJob) -> Judge:
         """Book a judge for the snapshots of ``job``."""
@@ -106,7 +111,7 @@ class _Beside(threading.Thread):
         if self._measuring is None:
             return
         self.join(timeout=_END_S)
-        with suppress(OSError):  # a store that cannot be read: training's say
+        with suppress(StoreError):  # training's say
             self._measuring.tell_left_out()
 
 
@@ -123,12 +128,14 @@ class Measuring:
         self._judge: Judge | None = None
         self._is_asked = False
         self._num_lost = 0
+        self._looks = Patience()
         self._measured: set[int] = set()
         self._seen: set[int] = set()
 
     def begin(self) -> None:
         """Learn what was measured before; say so if there is no room yet."""
-        self._measured = _measured_steps(self._job.scratch / VALIDATIONS_FILE)
+        file = self._job.scratch / VALIDATIONS_FILE
+        self._measured = self._looks.look(lambda: _measured_steps(file)) or set()
         if not self._place.has_room():
             self.tell(
                 "snapshots.validate_beside: there is no room for a worker more; snapshots are "
@@ -142,7 +149,7 @@ class Measuring:
             LaunchError: Judges were lost too often.
             Exception: What a judge met, or Ray.
         """
-        if not self._place.has_room():
+        if not (self._place.has_room() and self._place.is_training_placed()):
             self.dismiss()
         elif self._judge is None:
             self._judge = self._place.hire(self._job)
@@ -195,7 +202,13 @@ class Measuring:
         """Take note of all snapshots; return the newest."""
         from qlora_core.training.snapshot import FOLDER, snapshots_in, step_of
 
-        folders = snapshots_in(self._job.scratch / FOLDER)
+        root = self._job.scratch / FOLDER
+
+        def look() -> list[Path]:
+            with storing(root, "read"):
+                return snapshots_in(root)
+
+        folders = self._looks.look(look) or []
         self._seen |= {step_of(folder) for folder in folders}
         return folders[0] if folders else None
 
@@ -211,7 +224,8 @@ def _reason(error: Exception) -> str:
 
 
 def _measured_steps(file: Path) -> set[int]:
-    if not file.exists():
-        return set()
-    found = read_validations(file.read_text("utf-8", errors="replace").splitlines())
+    with storing(file, "read"):
+        if not file.exists():
+            return set()
+        found = read_validations(file.read_text("utf-8", errors="replace").splitlines())
     return {each.step for each in found if each.heldout_loss is not None}

@@ -3,17 +3,18 @@
 Driver or job write the log to the store, so following it needs no connection. A worker that prints
 a line for each of a million warnings must not fill Prefect's database; so what came within some
 seconds is told at once, its end in full. All of it goes with the tracked run (`stages.kept_log`):
-the scratch folder it lies in is gone once the stage is sealed.
+the scratch folder it lies in is gone once the stage is sealed. What opens doors is masked.
 """
 
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from qlora_core.backends.masking import mask_secrets
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.journal import (
     JOURNAL_FILE,
@@ -62,7 +63,7 @@ class LogTeller:
         """Tell the end of what it held before: of a job that went on while nobody looked."""
         if self._before:
             left_out = self._num_before - len(self._before)
-            self.say("\n".join([self._opening("said before", left_out), *self._before]))
+            self._tell("said before", left_out, self._before)
             self._before.clear()
 
     def catch_up(self, *, is_end: bool = False) -> None:
@@ -70,7 +71,7 @@ class LogTeller:
         self._num_new += self._hear(self._kept)
         if self._kept and (is_end or time.monotonic() - self._told_at >= self.every_s):
             left_out = self._num_new - len(self._kept)
-            self.say("\n".join([self._opening("says", left_out), *self._kept]))
+            self._tell("says", left_out, self._kept)
             self._kept.clear()
             self._num_new, self._told_at = 0, time.monotonic()
 
@@ -80,8 +81,7 @@ class LogTeller:
         for line in self._plain_lines():
             num_lines += 1
             if not self._is_frame(line):
-                plain = line.strip()
-                kept.append(plain if len(plain) <= _WIDTH else plain[:_WIDTH] + " ...")
+                kept.append(line.strip())
         return num_lines
 
     def _plain_lines(self) -> Iterator[str]:
@@ -96,9 +96,10 @@ class LogTeller:
         self._is_in_frames = is_opening or (self._is_in_frames and said[:1].isspace())
         return self._is_in_frames
 
-    def _opening(self, verb: str, left_out: int) -> str:
+    def _tell(self, verb: str, left_out: int, lines: Iterable[str]) -> None:
         more = f" ({left_out} more lines in {self.path}, later among the run's logs in MLflow)"
-        return f"the cluster {verb}{more if left_out else ''}:"
+        opening = f"the cluster {verb}{more if left_out else ''}:"
+        self.say("\n".join([opening, *map(_shortened, map(mask_secrets, lines))]))
 
 
 class Voice(Protocol):
@@ -216,10 +217,14 @@ class TrainingVoice:
         self.log.recall()
 
 
+def _shortened(line: str) -> str:
+    return line if len(line) <= _WIDTH else line[:_WIDTH] + " ..."
+
+
 def last_lines(path: Path, count: int = 15) -> str:
-    """Return the end of a log."""
+    """Return the end of a log, secrets masked."""
     try:
         text = path.read_text("utf-8", errors="replace")
     except OSError:  # none, or out of reach: what is told with it matters more
         return ""
-    return "\n".join(text.splitlines()[-count:])
+    return mask_secrets("\n".join(text.splitlines()[-count:]))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_core.artifacts import Frozen, Incident, IncidentKind
+from qlora_core.backends.masking import mask_secrets
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import (
     CollectiveError,
@@ -204,11 +205,13 @@ def _note(spec: RaySpec, error: LaunchError, kind: IncidentKind) -> None:
         note(spec.job.scratch, incident)
 
 
-def unforeseen(error: Exception, who: str, log: Path) -> TrainingError:
-    """Return an error for what nobody has thought of, with the end of its traceback."""
+def unforeseen(
+    error: Exception, who: str, log: Path, kind: type[QLoraError] = TrainingError
+) -> QLoraError:
+    """Return an error for what nobody has thought of: the end of its traceback, secrets masked."""
     last_lines = "".join(traceback.format_exception(error)).strip().splitlines()[-8:]
-    return TrainingError(
-        f"{who} failed: {type(error).__name__}: {error}",
-        why="\n".join(last_lines),
+    return kind(
+        mask_secrets(f"{who} failed: {type(error).__name__}: {error}"),
+        why=mask_secrets("\n".join(last_lines)),
         fix=f"The whole log: {log}",
     )

@@ -44,6 +44,16 @@ class Replies:
             file.write(_line(reply))
         self._batches.add(reply.batch)
 
+    @property
+    def are_whole(self) -> bool:
+        """Whether the file has them all: over a network, who appends at the same time overwrites.
+
+        Raises:
+            StoreError: It cannot be read.
+        """
+        with storing(self._path, "read"):
+            return self._batches <= {reply.batch for reply in read_replies(self._path)}
+
 
 def read_replies(path: Path) -> Iterator[Reply]:
     """Yield the whole replies of a file; none if there is no file."""

@@ -25,7 +25,8 @@ def device_errors() -> Iterator[None]:
         DeviceError: It has failed.
     """
     try:
-        yield
+        with lost_devices_told():
+            yield
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise ResourceError(
@@ -33,6 +34,19 @@ def device_errors() -> Iterator[None]:
                 why=_first_line(error),
                 fix=SMALLER,
             ) from error
+        raise
+
+
+@contextmanager
+def lost_devices_told() -> Iterator[None]:
+    """Say in our words that a device has failed; all else stays as it is.
+
+    Raises:
+        DeviceError: It has failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
         if is_device_lost(error):
             raise DeviceError(
                 f"A GPU of {socket.gethostname()} has failed: {_first_line(error)}",
@@ -46,7 +60,8 @@ def device_errors() -> Iterator[None]:
 def is_device_lost(error: RuntimeError) -> bool:
     """Say whether a GPU has failed (an ECC error, it fell off the bus), and not the program."""
     said = _first_line(error)
-    return "CUDA error" in said and not any(text in said for text in _OF_THE_PROGRAM)
+    is_other = is_out_of_memory(error) or any(text in said for text in _OF_THE_PROGRAM)
+    return "CUDA error" in said and not is_other
 
 
 def _first_line(error: RuntimeError) -> str:

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_core.data.prepared import read_split
-from qlora_core.errors import StoreError
+from qlora_core.errors import ModelError, StoreError, storing
 from qlora_core.modeling.hosted import BasePlace, load_hosted
 from qlora_core.modeling.loading import load_base
 from qlora_core.modeling.lora import attach_adapter
@@ -58,9 +59,10 @@ def open_validator(
 
         def validate(folder: Path) -> Validation:
             step = snapshot.step_of(folder)
-            if problem := _problem(folder, job):
-                return Validation(step=step, note=f"Snapshot {folder.name}: {problem}")
-            tensors = snapshot.load_adapter(folder)
+            try:
+                tensors = _verified(folder, job)
+            except (ModelError, StoreError) as error:  # the next one may be measured
+                return Validation(step=step, note=f"Snapshot {folder.name}: {error.what}")
             with torch.no_grad():
                 for name, parameter in fast.parameters.items():
                     parameter.copy_(tensors[name])
@@ -71,13 +73,17 @@ def open_validator(
         yield validate
 
 
-def _problem(folder: Path, job: TrainJob) -> str:
-    """Say why a snapshot cannot be measured, if it cannot; the next one may be."""
-    try:
-        found = snapshot.damage(folder, job_fingerprint(job))
-    except StoreError as error:
-        return error.what
-    return f"{found}." if found else ""
+def _verified(folder: Path, job: TrainJob) -> dict[str, Tensor]:
+    """Return the adapter in a snapshot.
+
+    Raises:
+        ModelError: It is damaged.
+        StoreError: It cannot be read, or was cleared away meanwhile.
+    """
+    if found := snapshot.damage(folder, job_fingerprint(job)):
+        raise ModelError(f"{found}.")
+    with storing(folder, "read"):
+        return snapshot.load_adapter(folder)
 
 
 def _load(

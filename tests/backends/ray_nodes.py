@@ -147,6 +147,24 @@ def alive_nodes(address: str) -> list[str]:
 
 
 @contextmanager
+def place_taken(address: str) -> Iterator[None]:
+    """Have a core of a cluster used by somebody else."""
+    script = (
+        "import sys; import ray\n"
+        "ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False)\n"
+        "taken = ray.util.placement_group([{'CPU': 1}])\n"
+        "ray.get(taken.ready())\n"
+        "print('taken', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", script, address]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as somebody:
+        assert somebody.stdout is not None
+        assert somebody.stdout.readline() == b"taken\n"
+        yield  # it ends when its stdin closes
+
+
+@contextmanager
 def ray_cluster(host: str = "127.0.0.1") -> Iterator[RayCluster]:
     """Make an empty cluster that leaves nothing; to be filled with a head and nodes."""
     temp = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))

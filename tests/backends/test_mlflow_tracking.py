@@ -12,7 +12,8 @@ import pytest
 
 from qlora_core.artifacts import Frozen, Metric
 from qlora_core.backends.journal import Journal, MetricsRecord
-from qlora_core.backends.mlflow_client import Place, connect, local_place, mask_credentials
+from qlora_core.backends.masking import mask_credentials
+from qlora_core.backends.mlflow_client import Place, connect, local_place
 from qlora_core.backends.mlflow_registry import MlflowRegistry
 from qlora_core.backends.mlflow_tracking import MlflowTracker, flatten, replay, try_out, waiting
 from qlora_core.errors import ArtifactError, UserError

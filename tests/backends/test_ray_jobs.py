@@ -18,7 +18,7 @@ from qlora_core.backends.ray_job_order import (
 )
 from qlora_core.backends.ray_job_patience import OutOfReachError
 from qlora_core.backends.ray_jobs import RayJobsLauncher
-from qlora_core.backends.ray_voice import LogTeller
+from qlora_core.backends.ray_voice import LogTeller, last_lines
 from qlora_core.config import (
     AdapterConfig,
     ClusterConfig,
@@ -674,6 +674,24 @@ def test_of_a_traceback_the_last_line_is_told_and_the_others_are_counted(tmp_pat
         "(Worker pid=1)   at once",
         "ValueError",
     ]
+
+
+def test_what_opens_doors_is_masked_in_what_is_told_of_a_log(tmp_path):
+    file, said = tmp_path / "ray.log", []
+    secrets = "https://me:c4nary@host/x Authorization: Bearer c4nary.of+http hf_c4naryc4naryc4nary"
+    across = f"{'x' * 230} hf_c4naryc4naryc4nary"  # cut first, it would be no token any more
+    file.write_text(f"before {secrets}\n")
+    teller = LogTeller(file, said.append, every_s=0.0)
+
+    teller.recall()
+    with file.open("a") as log:
+        log.write(f"after {secrets}\n{across}\n")
+    teller.catch_up()
+
+    assert len(said) == 2
+    assert "c4nary" not in f"{said} {last_lines(file)}"
+    assert said[0].endswith("before https://***@host/x Authorization: Bearer *** ***")
+    assert said[1].endswith("xxx ***")
 
 
 def test_a_log_that_never_rests_is_told_now_and_then(tmp_path):

@@ -1,7 +1,11 @@
 """When the nodes have room for a worker more. No Ray in here: a node is a plain dict."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import ray
+
+from qlora_core.backends import ray_judge
 from qlora_core.backends.ray_judge import WorkerMore
 from qlora_core.backends.ray_resources import share_out
 from qlora_core.config import ClusterConfig
@@ -58,6 +62,30 @@ def test_on_a_ray_of_our_own_cores_are_shared_and_gpus_are_not():
     assert fits([{"CPU": 1.0}], address=None, cpus=1, workers=1)
     assert fits([GPU_NODE], address=None, cpus=5, gpus=1.0, workers=3)
     assert not fits([GPU_NODE], address=None, cpus=4, gpus=1.0, workers=4)
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ({}, False),
+        ({"ab01": "PENDING"}, False),
+        ({"ab01": "REMOVED"}, False),
+        ({"ab01": "CREATED"}, True),
+        ({"ab01": "CREATED", "ab02": "PENDING"}, True),
+        ({"ab02": "CREATED"}, False),
+        ({"ab01": "CREATED", "cd01": "PENDING"}, False),
+        ({"ab01": "RESCHEDULING"}, False),
+        ({"ab01": "REMOVED", "cd01": "CREATED"}, True),
+    ],
+)
+def test_training_is_placed_while_all_groups_of_its_job_are(groups, expected, monkeypatch):
+    table = {name: {"state": state} for name, state in groups.items()}
+    monkeypatch.setattr(ray_judge, "placement_group_table", lambda: table)
+    ours = SimpleNamespace(get_job_id=lambda: "01")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: ours)
+    place = WorkerMore(ClusterConfig(address="head:6379", workers=1), 2, 0.0)
+
+    assert place.is_training_placed() is expected
 
 
 @pytest.mark.parametrize(

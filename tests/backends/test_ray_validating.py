@@ -4,6 +4,8 @@ Whatever needs no Ray is tested without: in a place whose room comes and goes, b
 answer, die or fail as they are told.
 """
 
+import errno
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,12 +18,13 @@ from qlora_core.backends.ray_validating import Measuring, validated_beside
 from qlora_core.backends.ray_worker import RaySpec
 from qlora_core.config import ClusterConfig, SnapshotConfig
 from qlora_core.errors import LaunchError, ResourceError
+from qlora_core.training import snapshot
 from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.incidents import history
 from qlora_core.training.journal import VALIDATIONS_FILE, Validation, read_validations
 from qlora_core.training.snapshot import FOLDER, step_of
 from tests.backends.ray_head import wait_until
-from tests.backends.ray_nodes import ray_cluster
+from tests.backends.ray_nodes import place_taken, ray_cluster
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SNAPSHOTS = SnapshotConfig(every_steps=25, keep=4, validate_beside=True)
@@ -54,6 +57,7 @@ class ScriptedPlace:
     """Has room when it is told so, and remembers who was hired."""
 
     is_free: bool = True
+    is_training: bool = True
     num_wanted: int = 17
     meets: Exception | None = None
     hired: list[ScriptedJudge] = field(default_factory=list)
@@ -62,6 +66,9 @@ class ScriptedPlace:
         if self.meets:
             raise self.meets
         return self.is_free
+
+    def is_training_placed(self) -> bool:
+        return self.is_training
 
     def hire(self, job) -> ScriptedJudge:
         self.hired.append(ScriptedJudge())
@@ -132,6 +139,44 @@ def test_a_judge_is_begun_when_room_comes_killed_when_it_goes_and_begun_again(jo
         "snapshots.validate_beside: there is no room for a worker more; snapshots are measured as "
         "soon as there is room for 17 workers."
     ]
+
+
+def test_no_judge_is_there_while_those_that_train_wait_for_their_places(job, place):
+    place.is_training = False
+    measuring = Measuring(job, place)
+    measuring.begin()
+    save(job, 10)
+
+    measuring.poll()
+    assert place.hired == []
+    place.is_training = True
+    measuring.poll()
+    assert place.judge.asked == [10]
+    place.is_training = False
+    measuring.poll()
+    assert [judge.is_ended for judge in place.hired] == [True]
+    place.is_training = True
+    measuring.poll()
+
+    assert place.judge.asked == [10]
+    assert notes(job) == [], "there is room"
+
+
+def test_a_store_that_cannot_be_read_for_a_moment_ends_no_measuring(job, place, monkeypatch):
+    measuring, look = Measuring(job, place), snapshot.snapshots_in
+    measuring.begin()
+    save(job, 10)
+
+    def hiccup(_) -> list[Path]:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(snapshot, "snapshots_in", hiccup)
+    measuring.poll()
+    assert place.judge.asked == []
+    monkeypatch.setattr(snapshot, "snapshots_in", look)
+    measuring.poll()
+
+    assert place.judge.asked == [10]
 
 
 def test_nothing_is_measured_twice_whoever_measured_it(job, place):
@@ -314,6 +359,31 @@ def test_a_range_of_workers_gets_all_places_while_snapshots_are_measured(make_jo
     assert history(job.scratch) == ()  # from the first step on
     assert len(losses) >= 3
     assert losses == pytest.approx({step: by_training[step] for step in losses}, rel=1e-5)
+
+
+@pytest.mark.ray
+def test_training_gets_the_last_place_and_the_judge_one_that_others_leave(make_job):
+    job, steps = make_job(epochs=800, heldout_every=None, learning_rate=3e-5), []
+
+    with ray_cluster() as nodes:
+        nodes.start_head()
+        nodes.add_node()
+        nodes.wait_for(2)
+        cluster = ClusterConfig(address=nodes.address, workers=1, cpus_per_worker=1, max_failures=0)
+
+        with ExitStack() as others:
+            others.enter_context(place_taken(nodes.address))
+
+            def go_on(metrics) -> None:
+                steps.append(metrics)
+                if metrics.step == 30:
+                    others.close()
+
+            RayTrainLauncher(cluster, SNAPSHOTS, print).train(job, go_on)
+
+    assert history(job.scratch) == ()
+    assert len(steps) == steps[-1].step
+    assert len(measured(job)) >= 1
 
 
 @pytest.mark.ray

@@ -8,7 +8,13 @@ import pytest
 from qlora_core.backends import ray_worker
 from qlora_core.backends.ray_worker import RaySpec, WorkerOrder, train_on_worker
 from qlora_core.config import AdapterConfig, QuantizationConfig, SnapshotConfig, TrainingConfig
-from qlora_core.errors import CollectiveError, DeviceError, StoreError, storage_error
+from qlora_core.errors import (
+    CollectiveError,
+    DeviceError,
+    StoreError,
+    TrainingError,
+    storage_error,
+)
 from qlora_core.ports import TrainJob
 from qlora_core.training.durable import hidden_name, reserve
 from qlora_core.training.incidents import history
@@ -51,6 +57,19 @@ def test_an_error_that_is_final_is_left_for_the_launcher(spec):
         train(spec)
 
     assert left(spec) == [FULL.to_json()]
+
+
+def test_an_error_that_nobody_has_thought_of_opens_no_doors(spec, monkeypatch):
+    def fetch(*_):
+        raise ValueError("no route to https://me:c4nary@host/base with Bearer c4nary")
+
+    monkeypatch.setattr(ray_worker, "_train", fetch)
+
+    with pytest.raises(TrainingError) as caught:
+        train(spec)
+
+    assert "https://***@host/base with Bearer ***" in caught.value.what
+    assert "c4nary" not in f"{caught.value} {left(spec)}"
 
 
 def test_an_error_goes_into_the_room_that_was_taken_where_there_is_none_left(spec, monkeypatch):

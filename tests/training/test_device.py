@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qlora_core.errors import DeviceError, ResourceError
-from qlora_core.training.device import device_errors
+from qlora_core.training.device import device_errors, lost_devices_told
 
 HINT = "\nCUDA kernel errors might be asynchronously reported at some other API call."
 
@@ -60,3 +60,5 @@ def test_what_the_program_did_wrong_stays_as_it_is(said):
 )
 def test_too_little_memory_outside_of_a_pass_is_too_little(error):
     assert isinstance(met(error), ResourceError)
+    with pytest.raises(type(error)), lost_devices_told():  # asked for by who has other advice
+        raise error

@@ -11,7 +11,7 @@ from qlora_core.config import AdapterConfig, SnapshotConfig
 from qlora_core.data.prepared import read_split
 from qlora_core.errors import ResourceError
 from qlora_core.modeling.hosted import BasePlace, load_hosted
-from qlora_core.training import placing, validating
+from qlora_core.training import placing, snapshot, validating
 from qlora_core.training.placing import place_judged_base
 from qlora_core.training.snapshot import FOLDER, snapshots_in, step_of
 from qlora_core.training.validating import open_validator
@@ -130,6 +130,24 @@ def test_a_snapshot_that_cannot_be_read_just_now_is_told_and_the_next_is_measure
     assert "lost track" in first.note
     assert newest.name in first.note
     assert second.heldout_loss is not None
+
+
+def test_a_snapshot_that_is_cleared_away_while_it_is_read_is_told(make_job, monkeypatch):
+    job = make_job()
+    InProcessLauncher(SnapshotConfig(every_steps=1, keep=1)).train(job, lambda _: None)
+    (only,) = snapshots_in(job.scratch / FOLDER)
+    load = snapshot.load_adapter
+
+    def late(folder):
+        shutil.rmtree(folder)
+        return load(folder)
+
+    monkeypatch.setattr(snapshot, "load_adapter", late)
+    with open_validator(job, CPU) as validate:
+        found = validate(only)
+
+    assert found.heldout_loss is None
+    assert only.name in found.note
 
 
 def test_a_damaged_snapshot_and_one_that_is_gone_are_told_and_the_next_is_measured(make_job):
