@@ -156,7 +156,9 @@ class JobWatch:
             self._be_patient(error)
             return
         self._patience.rest()
-        if job and not job.is_over:
+        is_over = job is None or job.is_over
+        if not is_over or self._looks.is_behind or self.voice.is_behind:
+            self._over_since = None  # as long as the store is away, it may hold an answer
             return
         self._over_since = self._over_since or time.monotonic()
         is_done = job is not None and job.status == "SUCCEEDED"

@@ -432,6 +432,38 @@ def test_a_result_that_does_not_arrive_is_the_stores_fault(endpoint, job):
         Flow(endpoint).train(job)
 
 
+@pytest.mark.parametrize("file", ["answer-#.json", "journal.jsonl"])
+def test_an_outage_of_the_store_as_a_job_succeeds_is_waited_out(file, endpoint, job, monkeypatch):
+    disk = FaultyDisk((job.scratch,)).install(monkeypatch)
+
+    def finish_unseen() -> None:
+        endpoint.finish(*endpoint.orders.values())
+        disk.fail_at(f"open {numberless(job.scratch.name)}/{file} rb", errno.ESTALE, num_times=9)
+
+    flow = Flow(endpoint, check=at_check(c6=finish_unseen)).train(job)
+
+    assert flow.numbers == [1, 2, 3]
+    assert history(job.scratch) == ()
+
+
+def test_an_odd_word_that_there_is_no_such_job_takes_no_time_from_its_real_end(
+    endpoint, job, monkeypatch
+):
+    for name in ("_GRACE_S", "_SHARED_S"):
+        monkeypatch.setattr(ray_job_watch, name, 1.0)
+    name = submission_stem(job.scratch) + "0001"
+    checks = at_check(
+        c6=endpoint.jobs.clear,
+        c7=lambda: endpoint.set(name, "RUNNING"),
+        c20=lambda: endpoint.set(name, "SUCCEEDED"),
+        c22=lambda: endpoint.finish(endpoint.orders[name]),  # where the store is a network's
+    )
+
+    flow = Flow(endpoint, check=checks).train(job)
+
+    assert flow.numbers == [1, 2, 3]
+
+
 def test_an_endpoint_that_is_away_for_a_while_is_waited_for(endpoint, job):
     endpoint.on_submit = lambda order: setattr(endpoint, "answers", 503)
     back = at_check(
