@@ -156,7 +156,9 @@ class JobWatch:
             self._be_patient(error)
             return
         self._patience.rest()
-        if job and not job.is_over:
+        is_over = job is None or job.is_over
+        if not is_over or self._looks.is_behind or self.voice.is_behind:
+            self._over_since = None  # as long as the store is away, it may hold an answer
             return
         self._over_since = self._over_since or time.monotonic()
         is_done = job is not None and job.status == "SUCCEEDED"
@@ -167,36 +169,40 @@ class JobWatch:
         self._patience.bear(error, self.voice.heard_at)
 
     def _stop(self) -> None:
-        """Stop the job, and see it end; say so if it does not.
+        if self._may_run:
+            stop_job(self.order.submission_id, self.client, self.say, is_known=self._is_known)
 
-        A request that nobody answered may start it seconds later: it is looked for until then.
-        """
-        if not self._may_run:
-            return
-        name, deadline = self.order.submission_id, time.monotonic() + STOP_S
-        reason = "it does not end"
-        while time.monotonic() < deadline:
-            try:
-                job = self.client.job(name)
-                if job.is_over if job else self._is_known:
-                    return
-                if job:
-                    self._is_known = True
-                    self.client.stop(name)
-            except QLoraError as error:  # what ended the run is told, not this
-                reason = str(error)
-            time.sleep(_PAUSE_S / 2)
-        self.say(self._left_behind(reason))
 
-    def _left_behind(self, reason: str) -> str:
-        name = self.order.submission_id
-        by_hand = f"ray job stop {name} --address {self.client.address}"
-        if self._is_known:
-            return (
-                f"Ray job {name} was told to stop, but may still run after {STOP_S:.0f} s "
-                f"({reason}). By hand: {by_hand}"
-            )
-        return (
+def stop_job(name: str, client: JobsClient, say: Callable[[str], None], *, is_known: bool) -> None:
+    """Stop a job, and see it end; say so if it does not.
+
+    Args:
+        name: Its submission id.
+        client: A line to where it runs.
+        say: Told how to stop it by hand.
+        is_known: The cluster has said that there is such a job. Where it has not, a request that
+            nobody answered may start it seconds later: it is looked for until then.
+    """
+    deadline, reason = time.monotonic() + STOP_S, "it does not end"
+    while time.monotonic() < deadline:
+        try:
+            job = client.job(name)
+            if job.is_over if job else is_known:
+                return
+            if job:
+                is_known = True
+                client.stop(name)
+        except QLoraError as error:  # what ended the run is told, not this
+            reason = str(error)
+        time.sleep(_PAUSE_S / 2)
+    by_hand = f"ray job stop {name} --address {client.address}"
+    if is_known:
+        say(
+            f"Ray job {name} was told to stop, but may still run after {STOP_S:.0f} s "
+            f"({reason}). By hand: {by_hand}"
+        )
+    else:
+        say(
             f"Ray job {name} was asked for, and nobody knows whether that was heard: after "
             f"{STOP_S:.0f} s there is none. If `ray job list` shows it later: {by_hand}"
         )

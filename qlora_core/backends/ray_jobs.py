@@ -23,7 +23,7 @@ from pathlib import Path
 from qlora_core.backends.node_probe import own_installation
 from qlora_core.backends.ray_address import tell_if_silent
 from qlora_core.backends.ray_job_order import JobOrder
-from qlora_core.backends.ray_job_orders import Orders, open_line
+from qlora_core.backends.ray_job_orders import Orders
 from qlora_core.backends.ray_job_patience import PATIENCE_S
 from qlora_core.backends.ray_job_watch import JobWatch
 from qlora_core.backends.ray_jobs_client import JobsClient
@@ -65,15 +65,15 @@ class RayJobsLauncher:
 
         Raises:
             TrainingError: Training cannot go on, or somebody stopped the job.
-            UserError: Nobody answers at the address, or not to our token; or the cluster does not
-                see the store.
+            UserError: Nobody answers at the address, or not to our token, and no job may run there;
+                or the cluster does not see the store, or works for another one at its path.
             ResourceError: The cluster has not what was asked for.
             StoreError: There is no room for snapshots, say.
             LaunchError: Workers or jobs were lost more often than ``cluster.max_failures``, or
                 the cluster stayed away.
         """
         job = job.absolute()
-        client = open_line(self.cluster, job.scratch)
+        client = JobsClient(str(self.cluster.address))
         orders = self._orders(job, client)
         voice = TrainingVoice.of(job, on_step, self.say, self.say)
         triage = Triage(job.scratch, self.cluster.max_failures, self.pauses_s)
@@ -89,7 +89,8 @@ class RayJobsLauncher:
             except QLoraError as error:
                 incident, pause_s = triage.remedy(error, voice.follower.last_step, launch)
             self.say(incident.sentence())
-            self._pause(pause_s)
+            with orders.abandoning():
+                self._pause(pause_s)
 
     def _new(self, orders: Orders, job: TrainJob) -> JobOrder:
         with storing(job.scratch):

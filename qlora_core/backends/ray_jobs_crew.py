@@ -13,7 +13,7 @@ from qlora_core.backends.node_probe import own_installation
 from qlora_core.backends.ray_asker import AskSpec
 from qlora_core.backends.ray_crew import ReplyFollower
 from qlora_core.backends.ray_job_order import JobOrder
-from qlora_core.backends.ray_job_orders import Orders, open_line
+from qlora_core.backends.ray_job_orders import Orders
 from qlora_core.backends.ray_job_patience import PATIENCE_S
 from qlora_core.backends.ray_job_watch import JobWatch
 from qlora_core.backends.ray_jobs_client import JobsClient
@@ -41,8 +41,8 @@ class RayJobsCrew:
         """Ask everything, calling ``on_reply`` once for each batch, in any order.
 
         Raises:
-            UserError: Nobody answers at the address, or not to our token; or the cluster does not
-                see the store.
+            UserError: Nobody answers at the address, or not to our token, and no job may run there;
+                or the cluster does not see the store, or works for another one at its path.
             ClusterError: Nodes are not ready for it.
             ResourceError: The cluster has not what was asked for.
             StoreError: There is no room for replies, say.
@@ -51,7 +51,7 @@ class RayJobsCrew:
             QLoraError: What a worker met.
         """
         job = job.absolute()
-        client = open_line(self.cluster, job.scratch)
+        client = JobsClient(str(self.cluster.address))
         orders = self._orders(job, client)
         voice = ReplyVoice.of(job, on_reply, self.say)
         num_lost = 0

@@ -34,6 +34,12 @@ def hasten(monkeypatch) -> None:
     for name in ("_ASK_S", "_GRACE_S", "_SHARED_S", "_PAUSE_S"):
         monkeypatch.setattr(ray_job_watch, name, 0.02)
     monkeypatch.setattr(ray_job_orders, "_PAUSE_S", 0.02)
+    as_another_process(monkeypatch)
+
+
+def as_another_process(monkeypatch) -> None:
+    """Forget what a process knows of endpoints."""
+    monkeypatch.setattr(ray_job_orders, "_LET_IN", set())
 
 
 def at_check(**actions: Callable[[], object]) -> Callable[[], None]:
@@ -46,13 +52,18 @@ def at_check(**actions: Callable[[], object]) -> Callable[[], None]:
     return check
 
 
-def raising(error: BaseException, number: int = 6) -> Callable[[], None]:
-    """Return a check that ends a run, if nothing else is said soon after its job was submitted."""
+def throwing(error: BaseException) -> Callable[[], None]:
+    """Return what raises an error when it is called."""
 
-    def end() -> None:
+    def throw() -> None:
         raise error
 
-    return at_check(**{f"c{number}": end})
+    return throw
+
+
+def raising(error: BaseException, number: int = 6) -> Callable[[], None]:
+    """Return a check that ends a run, if nothing else is said soon after its job was submitted."""
+    return at_check(**{f"c{number}": throwing(error)})
 
 
 def death() -> Callable[[], None]:

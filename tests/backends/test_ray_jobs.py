@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,11 +43,13 @@ from qlora_core.training.journal import Tail
 from tests.backends.jobs_endpoint import (
     CancelledError,
     Endpoint,
+    as_another_process,
     at_check,
     death,
     hasten,
     raising,
     serving,
+    throwing,
 )
 from tests.training.faulty_disk import FaultyDisk, numberless
 
@@ -203,6 +206,39 @@ def test_a_job_of_an_attempt_that_is_over_is_stopped_before_another_starts(endpo
 
     states = {name[-4:]: known["status"] for name, known in endpoint.jobs.items()}
     assert states == {"0001": "STOPPED", "0003": "SUCCEEDED"}
+
+
+def test_a_running_job_whose_order_is_in_another_store_is_left_alone(endpoint, job):
+    with pytest.raises(OutOfReachError):
+        Flow(endpoint, check=death()).train(job)
+    shutil.rmtree(job.scratch)  # the same path, on a machine that has not mounted the store
+    endpoint.on_submit = endpoint.finish
+
+    with pytest.raises(UserError, match=r"no order of it: no .*/job-0001\.json") as caught:
+        Flow(endpoint).train(job)
+
+    assert [known["status"] for known in endpoint.jobs.values()] == ["RUNNING"]
+    (name,) = endpoint.jobs
+    assert f"ray job stop {name} --address {endpoint.address}" in caught.value.fix
+
+
+def dropping(store: Path) -> Callable[[], None]:
+    """Return what drops the store's mount when it is called, and fails for it."""
+
+    def drop() -> None:
+        store.rename(store.with_name("unmounted"))
+        raise StoreAwayError("there is no such file or folder")
+
+    return drop
+
+
+def test_a_mount_that_is_dropped_while_a_job_runs_does_not_stop_it(endpoint, job):
+    check = at_check(c6=dropping(job.scratch), c12=throwing(CancelledError()))
+
+    with pytest.raises(UserError, match="no order of it"):
+        Flow(endpoint, pauses_s=(0.0,), check=check).train(job)
+
+    assert [known["status"] for known in endpoint.jobs.values()] == ["RUNNING"]
 
 
 def test_jobs_of_other_trainings_are_left_alone(endpoint, job):
@@ -432,6 +468,38 @@ def test_a_result_that_does_not_arrive_is_the_stores_fault(endpoint, job):
         Flow(endpoint).train(job)
 
 
+@pytest.mark.parametrize("file", ["answer-#.json", "journal.jsonl"])
+def test_an_outage_of_the_store_as_a_job_succeeds_is_waited_out(file, endpoint, job, monkeypatch):
+    disk = FaultyDisk((job.scratch,)).install(monkeypatch)
+
+    def finish_unseen() -> None:
+        endpoint.finish(*endpoint.orders.values())
+        disk.fail_at(f"open {numberless(job.scratch.name)}/{file} rb", errno.ESTALE, num_times=9)
+
+    flow = Flow(endpoint, check=at_check(c6=finish_unseen)).train(job)
+
+    assert flow.numbers == [1, 2, 3]
+    assert history(job.scratch) == ()
+
+
+def test_an_odd_word_that_there_is_no_such_job_takes_no_time_from_its_real_end(
+    endpoint, job, monkeypatch
+):
+    for name in ("_GRACE_S", "_SHARED_S"):
+        monkeypatch.setattr(ray_job_watch, name, 1.0)
+    name = submission_stem(job.scratch) + "0001"
+    checks = at_check(
+        c6=endpoint.jobs.clear,
+        c7=lambda: endpoint.set(name, "RUNNING"),
+        c20=lambda: endpoint.set(name, "SUCCEEDED"),
+        c22=lambda: endpoint.finish(endpoint.orders[name]),  # where the store is a network's
+    )
+
+    flow = Flow(endpoint, check=checks).train(job)
+
+    assert flow.numbers == [1, 2, 3]
+
+
 def test_an_endpoint_that_is_away_for_a_while_is_waited_for(endpoint, job):
     endpoint.on_submit = lambda order: setattr(endpoint, "answers", 503)
     back = at_check(
@@ -478,11 +546,19 @@ def test_an_endpoint_that_stays_odd_ends_the_flow_and_not_the_job(endpoint, job,
     assert [known["status"] for known in endpoint.jobs.values()] == ["RUNNING"]
 
 
-def test_a_list_of_jobs_that_cannot_be_had_is_waited_for_where_a_job_may_run(endpoint, job):
+AWAY = [(403, "GET /api/jobs/"), (403, ""), (503, ""), (200, "")]
+"""The list of jobs alone is refused; all is refused, has nobody behind it, or is a page of HTML."""
+
+
+@pytest.mark.parametrize(("answers", "to"), AWAY)
+def test_an_endpoint_that_is_away_before_attaching_is_waited_for_where_a_job_may_run(
+    answers, to, endpoint, job, monkeypatch
+):
     with pytest.raises(OutOfReachError):
         Flow(endpoint, check=death()).train(job)
     (order,) = endpoint.orders.values()
-    endpoint.answers, endpoint.answers_to = 403, "GET /api/jobs/"
+    as_another_process(monkeypatch)
+    endpoint.answers, endpoint.answers_to = answers, to
     back = at_check(
         c2=lambda: setattr(endpoint, "answers", None), c4=lambda: endpoint.finish(order)
     )
@@ -494,15 +570,68 @@ def test_a_list_of_jobs_that_cannot_be_had_is_waited_for_where_a_job_may_run(end
     assert any("answers again" in sentence for sentence in flow.said)
 
 
-def test_a_list_of_jobs_that_stays_out_of_reach_leaves_the_job_alone(endpoint, job):
+@pytest.mark.parametrize(("answers", "to"), AWAY)
+def test_an_endpoint_that_stays_away_before_attaching_leaves_the_job_alone_however_often_tried(
+    answers, to, endpoint, job, monkeypatch
+):
     with pytest.raises(OutOfReachError):
         Flow(endpoint, check=death()).train(job)
-    endpoint.answers, endpoint.answers_to = 403, "GET /api/jobs/"
+    as_another_process(monkeypatch)
+    endpoint.answers, endpoint.answers_to = answers, to
 
-    with pytest.raises(OutOfReachError, match="RAY_AUTH_TOKEN"):
-        Flow(endpoint, patience_s=0.1).train(job)
+    for _ in range(2):  # as Prefect retries
+        with pytest.raises(OutOfReachError, match=r"it goes on\. Run again"):
+            Flow(endpoint, patience_s=0.1).train(job)
 
     assert [known["status"] for known in endpoint.jobs.values()] == ["RUNNING"]
+
+
+def test_an_order_given_to_another_endpoint_says_nothing_of_this_one(endpoint, job):
+    with pytest.raises(OutOfReachError):
+        Flow(endpoint, check=death()).train(job)
+
+    with serving(Endpoint(answers=403)) as other, pytest.raises(UserError, match="RAY_AUTH_TOKEN"):
+        Flow(other, patience_s=0.1).train(job)
+
+
+def test_cancelling_while_an_endpoint_is_waited_for_stops_the_job_that_runs(endpoint, job):
+    with pytest.raises(OutOfReachError):
+        Flow(endpoint, check=death()).train(job)
+    endpoint.answers = 503
+
+    def come_back_and_cancel() -> None:
+        endpoint.answers = None
+        raise CancelledError
+
+    with pytest.raises(CancelledError):
+        Flow(endpoint, check=at_check(c2=come_back_and_cancel)).train(job)
+
+    assert [known["status"] for known in endpoint.jobs.values()] == ["STOPPED"]
+
+
+def test_cancelling_while_an_endpoint_stays_away_is_told_with_what_to_do(
+    endpoint, job, monkeypatch
+):
+    with pytest.raises(OutOfReachError):
+        Flow(endpoint, check=death()).train(job)
+    (name,) = endpoint.jobs
+    monkeypatch.setattr(ray_job_watch, "STOP_S", 0.1)
+    endpoint.answers = 503
+    flow = Flow(endpoint, check=raising(KeyboardInterrupt(), number=2))
+
+    with pytest.raises(KeyboardInterrupt):
+        flow.train(job)
+
+    assert f"By hand: ray job stop {name} --address {endpoint.address}" in flow.said[-1]
+
+
+def test_cancelling_while_the_store_is_waited_for_stops_the_job_that_was_left_alone(endpoint, job):
+    checks = at_check(c6=dropping(job.scratch), c7=throwing(CancelledError()))
+
+    with pytest.raises(CancelledError):
+        Flow(endpoint, pauses_s=(60.0,), check=checks).train(job)
+
+    assert [known["status"] for known in endpoint.jobs.values()] == ["STOPPED"]
 
 
 def test_who_has_started_nothing_is_told_at_once_that_jobs_may_not_be_listed(endpoint, job):

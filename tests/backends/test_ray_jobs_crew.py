@@ -1,5 +1,6 @@
 """Evaluation as a job: what a flow attaches to, asks again, takes for done or stops."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from qlora_core.backends.ray_job_order import submission_stem
 from qlora_core.backends.ray_job_patience import OutOfReachError
 from qlora_core.backends.ray_jobs_crew import RayJobsCrew
 from qlora_core.config import ClusterConfig, EvaluationConfig
-from qlora_core.errors import LaunchError, ModelError, NoRoomError, TrainingError
+from qlora_core.errors import LaunchError, ModelError, NoRoomError, TrainingError, UserError
 from qlora_core.ports import AskJob, Reply
 from tests.backends.jobs_endpoint import (
     CancelledError,
@@ -192,6 +193,46 @@ def test_a_job_that_somebody_stopped_is_not_started_again_by_itself(endpoint, jo
         Flow(endpoint).ask(job)
 
     assert len(endpoint.jobs) == 1
+
+
+def test_an_endpoint_that_is_away_as_an_evaluation_begins_is_waited_for_where_it_was_used(
+    endpoint, job
+):
+    endpoint.on_submit = lambda order: endpoint.finish_asking(order, 1, 2)
+    Flow(endpoint).ask(job)
+    another = job.model_copy(update={"scratch": job.scratch.with_name(".c0ffee99.scratch")})
+    endpoint.answers = 403
+
+    flow = Flow(endpoint, check=at_check(c2=lambda: setattr(endpoint, "answers", None)))
+
+    assert flow.ask(another).numbers == [1, 2]
+
+
+def test_cancelling_while_an_endpoint_is_waited_for_stops_the_evaluation_that_runs(endpoint, job):
+    with pytest.raises(OutOfReachError):
+        Flow(endpoint, check=death()).ask(job)
+    endpoint.answers, endpoint.answers_to = 503, "GET /api/jobs/"
+
+    def come_back_and_cancel() -> None:
+        endpoint.answers = None
+        raise CancelledError
+
+    with pytest.raises(CancelledError):
+        Flow(endpoint, check=at_check(c2=come_back_and_cancel)).ask(job)
+
+    assert states(endpoint) == {"0001": "STOPPED"}
+
+
+def test_a_running_evaluation_whose_order_is_in_another_store_is_left_alone(endpoint, job):
+    with pytest.raises(OutOfReachError):
+        Flow(endpoint, check=death()).ask(job)
+    shutil.rmtree(job.scratch)
+    endpoint.on_submit = lambda order: endpoint.finish_asking(order, 1)
+
+    with pytest.raises(UserError, match="no order of it"):
+        Flow(endpoint).ask(job)
+
+    assert states(endpoint) == {"0001": "RUNNING"}
 
 
 def test_an_endpoint_that_stays_away_ends_the_flow_and_not_the_evaluation(endpoint, job):

@@ -27,6 +27,7 @@ class FaultyDisk:
     done: list[str] = field(default_factory=list)
     """Operation and path, each number in it replaced by `#`, in order."""
     _fault: tuple[str, int] | None = None
+    _num_left: int = 0
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> "FaultyDisk":
         doors = [(os, name) for name in ("open", *_READING, *_CHANGING)]
@@ -34,9 +35,9 @@ class FaultyDisk:
             monkeypatch.setattr(module, name, self._watched(name, getattr(module, name)))
         return self
 
-    def fail_at(self, operation: str, code: int) -> None:
-        """Fail ``operation`` once, when it is next asked for."""
-        self._fault = operation, code
+    def fail_at(self, operation: str, code: int, num_times: int = 1) -> None:
+        """Fail ``operation`` when it is next asked for, and as often in all."""
+        self._fault, self._num_left = (operation, code), num_times
 
     def mend(self) -> None:
         self._fault = None
@@ -47,7 +48,9 @@ class FaultyDisk:
                 self.done.append(operation)
                 if self._fault and self._fault[0] == operation:
                     code = self._fault[1]
-                    self.mend()
+                    self._num_left -= 1
+                    if not self._num_left:
+                        self.mend()
                     raise OSError(code, os.strerror(code), str(args[0]))
             return real(*args, **keywords)
 
