@@ -80,6 +80,7 @@ class RayJobsLauncher:
         while True:
             launch = ""
             try:
+                triage.look()
                 found = orders.found()
                 order = found or self._new(orders, job)
                 launch = order.spec.launch

@@ -42,6 +42,9 @@ Spec = RaySpec | AskSpec
 _POLL_S = 1.0
 _ROOM_POLL_S = 5.0  # asking nodes starts a process on each
 _LEAST_STARTS = 6
+# how long workers wait for each other: one may load from a cold disk, or save, so much longer than
+# the rest. Who is lost, Ray tells within seconds; who hangs otherwise, only this.
+_MEETING_S = 900
 
 
 def carry_out(cluster: ClusterConfig, spec: Spec, launcher: Installation) -> None:
@@ -241,7 +244,7 @@ def fit(cluster: ClusterConfig, order: WorkerOrder, gpus: float, storage: Path) 
     trainer = Trainer(
         train_on_worker,
         train_loop_config=order.model_dump(mode="json"),
-        torch_config=TorchConfig(timeout_s=300),
+        torch_config=TorchConfig(timeout_s=_MEETING_S),
         scaling_config=ScalingConfig(
             num_workers=_num_workers(cluster),
             elastic_resize_monitor_interval_s=cluster.resize_every_s,
