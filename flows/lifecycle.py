@@ -39,11 +39,15 @@ from qlora_core.backends.journal import RunStatus
 from qlora_core.backends.mlflow_tracking import MlflowTracker, TrackingReport, flatten
 from qlora_core.backends.ray_address import require_address
 from qlora_core.config import RunConfig
-from qlora_core.errors import ConfigError
+from qlora_core.errors import ConfigError, StoreError
 from tasks import places, wiring
+from tasks.progress import RunProgress
 from tasks.wiring import Workspace
 
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+
+_STAGES_END_S = 20.0
+"""A Ray job that is told to stop is watched for 15 s, and a driver for 10 s."""
 
 INTERRUPTIONS = (KeyboardInterrupt, TerminationSignal)
 _MLFLOW_STATUS: dict[records.State, RunStatus] = {
@@ -91,20 +95,56 @@ def _running(config: RunConfig) -> Iterator[ActiveRun]:
     record = records.open_record(root, config, str(runtime.flow_run.id))
     _rename_flow_run(record.record)
     tracker = tracking.open_tracker(record.record, record.folder, str(runtime.flow_run.ui_url))
-    try:
+    with _closed_at_end(record, tracker):
         run = _open(config, record, tracker)
-        try:
-            with heeding_prefect(run.workspace.stop):
-                yield run
-        except BaseException:
-            run.workspace.stop()
-            raise
+        with _stages_ended(run.workspace), heeding_prefect(run.workspace.stop):
+            yield run
+
+
+@contextmanager
+def _closed_at_end(record: OpenRecord, tracker: MlflowTracker) -> Iterator[None]:
+    """Close both however the block ends; what that fails at hides no error of the block's."""
+    try:
+        yield
     except BaseException as error:
         state: records.State = "cancelled" if isinstance(error, INTERRUPTIONS) else "failed"
-        record.close(state, str(error) or type(error).__name__)
-        tracker.close(_MLFLOW_STATUS[state], timeout_s=5.0)
+        with _failure_told("the run's record does not say how it ended"):
+            record.close(state, str(error) or type(error).__name__)
+        with _failure_told("MLflow does not know how the run ended"):
+            if note := tracker.close(_MLFLOW_STATUS[state], timeout_s=5.0).sentence():
+                _say(note)
         raise
     record.close("completed")
+
+
+@contextmanager
+def _stages_ended(workspace: Workspace) -> Iterator[None]:
+    """Leave the block by an error only when its stages have ended.
+
+    Until then they write to record and tracker; those that wait for Ray take some seconds.
+    """
+    try:
+        yield
+    except BaseException:
+        workspace.stop()
+        if left := workspace.wait_for_stages(_STAGES_END_S):
+            _say(
+                f"not ended {_STAGES_END_S:.0f} s after being told to: {', '.join(left)}. What is "
+                "logged there from now on reaches MLflow with the next run, or with `qlora sync`."
+            )
+        raise
+
+
+@contextmanager
+def _failure_told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, StoreError) as error:
+        _say(f"{what}: {error}")
+
+
+def _say(message: str) -> None:
+    RunProgress(wiring.surroundings().progress).say("finetune", message)
 
 
 @dataclass

@@ -31,7 +31,7 @@ from pydantic import Field, ValidationError
 
 from qlora_core.artifacts import Artifact, F, Frozen
 from qlora_core.config import RunConfig
-from qlora_core.errors import UserError, storage_error
+from qlora_core.errors import UserError, storage_error, storing
 from qlora_core.fingerprint import fingerprint
 
 SCHEMA = 1
@@ -88,7 +88,11 @@ class RunRecord(Frozen):
 
 
 class OpenRecord:
-    """A record whose run this process is; its folder stays locked until `close`."""
+    """A record whose run this process is; its folder stays locked until `close`.
+
+    After that it may be another process's, and nothing is written any more. Each method raises a
+    `StoreError` where the store cannot be written.
+    """
 
     def __init__(self, folder: Path, record: RunRecord, lock: TextIOWrapper) -> None:
         self.folder, self.record = folder, record
@@ -115,15 +119,19 @@ class OpenRecord:
     def close(self, state: State, error: str | None = None) -> RunRecord:
         """Write down how it ended and let go of it; only the first call counts."""
         with self._writing:
-            if not self._lock.closed:
-                ended = _with_last_attempt(self.record, ended=_now(), state=state)
+            ended = _with_last_attempt(self.record, ended=_now(), state=state)
+            try:
                 self._change(state=state, error=error, attempts=ended)
+            finally:
                 self._lock.close()
         return self.record
 
     def _change(self, **changes: Any) -> None:
+        if self._lock.closed:
+            return
         self.record = self.record.model_copy(update=changes)
-        _write(self.folder, self.record)
+        with storing(self.folder / _RECORD):
+            _write(self.folder, self.record)
 
 
 def open_record(store: Path, config: RunConfig, prefect_flow_run_id: str) -> OpenRecord:

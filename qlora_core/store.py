@@ -12,8 +12,10 @@
 
 Sealing is: write in the staging folder, hash, fsync, manifest, one rename. A reader trusts a file
 whose size and modification time are the sealed ones and hashes it otherwise, so finding 20 GB is
-as quick as finding 20 KB, and an edited, truncated or swapped file is still noticed. `flock` and
-not a lock file with contents: the kernel lets go of it when its holder is killed.
+as quick as finding 20 KB, and an edited, truncated or swapped file is still noticed. What cannot be
+*read* is not damaged: a network file system that hiccups for a moment would otherwise cost a whole
+training. Only who holds the lock sets aside. `flock` and not a lock file with contents: the kernel
+lets go of it when its holder is killed.
 """
 
 import errno
@@ -110,19 +112,15 @@ class Store:
         """Return the name under which this stage with these inputs is kept."""
         return fingerprint(_identity(stage, stage.bind(*args, **kwargs)))
 
-    def find(
-        self, stage: Stage[P, F], key: str, progress: Progress | None = None
-    ) -> Artifact[F] | None:
-        """Return the artefact if it is there and whole; set it aside, aloud, if it is damaged."""
-        folder = self._folder(stage.name, key)
-        if not (folder / MANIFEST).is_file():
-            return None
+    def find(self, stage: Stage[P, F], key: str) -> Artifact[F] | None:
+        """Return the artefact if it is there and whole; a damaged one counts as not there.
+
+        Raises:
+            StoreError: It cannot be read just now, so nobody can say.
+        """
         try:
-            return _read(stage, folder)
-        except ArtifactError as error:
-            place = _set_aside(folder, self.root / "damaged")
-            if progress:
-                progress.say(stage.name, f"{error.what} Set aside in {place}; building it anew.")
+            return _read(stage, self._folder(stage.name, key))
+        except ArtifactError:
             return None
 
     def produce(
@@ -133,17 +131,17 @@ class Store:
         Of several processes that ask for the same at the same time one builds, the others wait.
 
         Raises:
-            StoreError: No room, no permission. Earlier artefacts are intact.
+            StoreError: No room, no permission, a disk that fails. Earlier artefacts are intact.
             QLoraError: What the stage raises, or ``services.check`` while it waits.
         """
         inputs = stage.bind(*args, **kwargs)
         identity = _identity(stage, inputs)
         key = fingerprint(identity)
-        if found := self.find(stage, key, services.progress):
+        if found := self.find(stage, key):
             return Produced(found, cached=True)
         try:
             with self._lock(stage.name, key, services):
-                if found := self.find(stage, key, services.progress):
+                if found := self._whole_or_set_aside(stage, key, services.progress):
                     return Produced(found, cached=True)
                 return Produced(self._build(stage, services, inputs, identity), cached=False)
         except OSError as error:
@@ -169,6 +167,17 @@ class Store:
                     shutil.rmtree(staging)
                     swept.append(staging)
         return swept
+
+    def _whole_or_set_aside(
+        self, stage: Stage[P, F], key: str, progress: Progress
+    ) -> Artifact[F] | None:
+        folder = self._folder(stage.name, key)
+        try:
+            return _read(stage, folder)
+        except ArtifactError as error:
+            place = _set_aside(folder, self.root / "damaged")
+            progress.say(stage.name, f"{error.what} Set aside in {place}; building it anew.")
+            return None
 
     def _build(
         self,
@@ -203,7 +212,7 @@ class Store:
             raise
         _fsync(staging.parent)
         shutil.rmtree(scratch, ignore_errors=True)
-        return _read(stage, self._folder(stage.name, key))
+        return read_artifact(stage, self._folder(stage.name, key))
 
     def _seal(
         self,
@@ -247,8 +256,11 @@ def read_artifact(stage: Stage[P, F], folder: Path) -> Artifact[F]:
 
     Raises:
         ArtifactError: It is not an artefact of this stage, or a file is missing or changed.
+        StoreError: It cannot be read just now.
     """
-    return _read(stage, folder)
+    if found := _read(stage, folder):
+        return found
+    raise ArtifactError(f"{folder} has no {MANIFEST}.")
 
 
 def _identity(stage: Stage[P, F], inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,12 +290,26 @@ def _short_version(package: str) -> str:
     return ".".join(metadata.version(package).split("+")[0].split(".")[:2])
 
 
-def _read(stage: Stage[P, F], folder: Path) -> Artifact[F]:
+def _read(stage: Stage[P, F], folder: Path) -> Artifact[F] | None:
+    """Return what `read_artifact` does; None: there is no manifest."""
     try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-        manifest = Manifest.model_validate_json(text)
+        with storing(folder, "read"):
+            return _checked(stage, folder)
+    except StoreError as error:
+        raise type(error)(
+            error.what,
+            why="An artefact that cannot be read just now may be whole, so it is not built again.",
+            fix=f"{error.fix} Should it stay so, move {folder} away: then it is.",
+        ) from error
+
+
+def _checked(stage: Stage[P, F], folder: Path) -> Artifact[F] | None:
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
         facts = stage.facts.model_validate(manifest.facts)
-    except (OSError, ValidationError) as error:
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
         raise ArtifactError(f"{folder} has no readable manifest: {error}") from error
     if manifest.stage != stage.name:
         raise ArtifactError(f"{folder} holds a {manifest.stage}, not a {stage.name}.")
@@ -301,8 +327,8 @@ def _check_file(folder: Path, file: SealedFile) -> None:
         if (stat.st_size, stat.st_mtime_ns) == (file.size_bytes, file.modified_ns):
             return
         intact = stat.st_size == file.size_bytes and file_digest(path) == file.sha256
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}.") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ArtifactError(f"{path} is missing.") from error
     if not intact:
         raise ArtifactError(
             f"{path} is damaged.", why=f"It had {file.size_bytes} bytes, SHA-256 {file.sha256}."

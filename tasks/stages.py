@@ -90,7 +90,7 @@ def training_ahead(ws: Workspace) -> Iterator[None]:
 def _stored(
     ws: Workspace, stage: Stage[P, F], *args: P.args, **kwargs: P.kwargs
 ) -> Artifact[F] | None:
-    return ws.store.find(stage, ws.store.key(stage, *args, **kwargs), ws.progress)
+    return ws.store.find(stage, ws.store.key(stage, *args, **kwargs))
 
 
 def _rows_and_model(

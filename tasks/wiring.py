@@ -5,6 +5,7 @@ which MLflow, which Ray, which device. Stages get the results as plain arguments
 no dataclass on purpose: Prefect walks through dataclasses that it is given as arguments.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,7 +31,7 @@ from qlora_core.config import CustomScorer, QuantizationConfig, RunConfig
 from qlora_core.errors import LaunchError, QLoraError
 from qlora_core.ports import Crew, Launcher, Progress, Services, Stage
 from qlora_core.sources import Source, find_source
-from qlora_core.store import Store
+from qlora_core.store import Produced, Store
 from tasks import places
 from tasks.progress import RunProgress, StoppedError
 
@@ -75,10 +76,18 @@ class Workspace:
         self.sources = find_sources(config)
         self.quantization = resolved_quantization(config)
         self._keep = keep
+        self._changed = threading.Condition()
+        self._under_way: list[str] = []
 
     def stop(self) -> None:
         """Make every stage that still runs end soon."""
         self.progress.stop()
+
+    def wait_for_stages(self, timeout_s: float) -> list[str]:
+        """Wait until no stage is under way; return the names of those that are after that time."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._under_way, timeout_s)
+            return list(self._under_way)
 
     def produce(
         self, role: str, stage: Stage[P, F], /, *args: P.args, **kwargs: P.kwargs
@@ -92,17 +101,9 @@ class Workspace:
             StoppedError: The run is being stopped.
             QLoraError: What the stage raises.
         """
-        self.progress.check(stage.name)
-        try:
-            produced = self.store.produce(stage, self.services, *args, **kwargs)
-            if produced.cached and self._is_lost(produced.artifact):
-                self.store.forget(produced.artifact)
-                produced = self.store.produce(stage, self.services, *args, **kwargs)
-        except QLoraError as error:
-            if self.progress.is_stopping and not isinstance(error, StoppedError):
-                raise StoppedError(f"{stage.name} was stopped before it was done.") from error
-            raise
-        self._keep(role, produced.artifact, produced.cached)
+        with self._counted(stage.name):
+            produced = self._produced(stage, *args, **kwargs)
+            self._keep(role, produced.artifact, produced.cached)
         if not produced.cached:
             return produced.artifact
         self.progress.update(SHOWN.get(role, stage.name), 1, 1, "cached")
@@ -111,6 +112,30 @@ class Workspace:
         )
         state.data = produced.artifact
         return cast("Artifact[F]", state)
+
+    @contextmanager
+    def _counted(self, stage: str) -> Iterator[None]:
+        with self._changed:
+            self._under_way.append(stage)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._under_way.remove(stage)
+                self._changed.notify_all()
+
+    def _produced(self, stage: Stage[P, F], /, *args: P.args, **kwargs: P.kwargs) -> Produced[F]:
+        self.progress.check(stage.name)
+        try:
+            produced = self.store.produce(stage, self.services, *args, **kwargs)
+            if produced.cached and self._is_lost(produced.artifact):
+                self.store.forget(produced.artifact)
+                return self.store.produce(stage, self.services, *args, **kwargs)
+            return produced
+        except QLoraError as error:
+            if self.progress.is_stopping and not isinstance(error, StoppedError):
+                raise StoppedError(f"{stage.name} was stopped before it was done.") from error
+            raise
 
     def _is_lost(self, artifact: Artifact[Any]) -> bool:
         """Say whether a model that the store says was published is gone from the registry."""

@@ -1,13 +1,16 @@
 """The store with a stage that counts its runs: found, built once, sealed, noticed when damaged."""
 
+import errno
 import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from qlora_core.errors import ArtifactError, StoreError, TrainingError
 from qlora_core.ports import Context, Services, stage
 from qlora_core.sources import find_source
 from qlora_core.store import MANIFEST, Store, read_artifact
+from tests.training.faulty_disk import FaultyDisk
 
 
 class Spelled(Facts):
@@ -156,6 +160,12 @@ DAMAGES = {
     "deleted": lambda folder: (folder / "letters/word.txt").unlink(),
     "manifest torn": lambda folder: _write(folder / MANIFEST, b'{"schema_version": 1, "st'),
     "manifest emptied": lambda folder: _write(folder / MANIFEST, b""),
+    "manifest no text": lambda folder: _write(folder / MANIFEST, b'{"schema_version": "\xff"}'),
+    "all but the manifest deleted": lambda folder: shutil.rmtree(folder / "letters"),
+    "a file for a folder": lambda folder: (
+        shutil.rmtree(folder / "letters"),
+        (folder / "letters").touch(),
+    ),
 }
 
 
@@ -170,6 +180,50 @@ def test_damage_is_noticed_said_set_aside_and_built_anew(store, services, heard,
     assert (again.artifact.path / "letters/word.txt").read_text() == "hello"
     assert len(list((store.root / "damaged").iterdir())) == 1
     assert any("Set aside" in message for message in heard.messages)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
+def test_what_cannot_be_read_just_now_is_told_and_not_built_again(
+    store, services, monkeypatch, code
+):
+    folder = store.produce(spell, services, "hello").artifact.path
+    os.utime(folder / "letters/word.txt", (1, 1))  # so that its bytes are read
+    disk = FaultyDisk((folder,)).install(monkeypatch)
+    store.find(spell, folder.name)
+    operations = list(dict.fromkeys(disk.done))
+    assert {operation.split()[0] for operation in operations} == {"open", "stat"}
+
+    for operation in operations:
+        disk.fail_at(operation, code)
+        with pytest.raises(StoreError, match="cannot read") as caught:
+            store.produce(spell, services, "hello")
+        assert f"move {folder} away" in caught.value.fix
+
+    assert store.produce(spell, services, "hello").cached
+    assert not (store.root / "damaged").exists()
+
+
+def test_who_only_looks_a_damaged_artefact_up_leaves_it_where_it_is(store, services):
+    folder = store.produce(spell, services, "hello").artifact.path
+    DAMAGES["truncated"](folder)
+
+    assert store.find(spell, folder.name) is None
+    assert (folder / MANIFEST).exists()
+
+
+def test_a_damaged_artefact_is_not_set_aside_while_another_run_has_its_lock(store, services):
+    folder = store.produce(spell, services, "hello").artifact.path
+    DAMAGES["truncated"](folder)
+
+    def check(stage: str) -> None:
+        raise StoppedError
+
+    with folder.with_name(f".{folder.name}.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StoppedError):
+            store.produce(spell, replace(services, check=check), "hello")
+
+    assert (folder / MANIFEST).exists()
 
 
 def test_a_file_that_was_only_touched_is_still_whole(store, services):

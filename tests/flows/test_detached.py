@@ -71,6 +71,15 @@ def prefect_log_of(store: Path) -> str:
         return "\n".join(line.message for line in client.read_logs(log_filter=mine))
 
 
+def logs_in_mlflow(store: Path) -> list[str]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{store / 'mlflow.db'}")
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    (run,) = client.search_runs(experiments)
+    return [file.path for file in client.list_artifacts(run.info.run_id, "logs")]
+
+
 def test_a_flow_that_is_killed_leaves_its_training_to_the_next_run_of_the_recipe(
     connection, head, tiny_llama, children, tmp_path
 ):
@@ -112,6 +121,7 @@ def test_cancelling_a_flow_stops_its_job_and_frees_the_workers(
     assert process.exitcode == 130
     assert head.jobs_of(scratch_of(store)) == {"0001": "STOPPED"}
     assert load_record(store).state == "cancelled"
+    assert logs_in_mlflow(store) == ["logs/train_adapter.log"]
 
 
 def test_cancelling_in_prefect_stops_the_job_and_frees_the_workers_within_15_seconds(

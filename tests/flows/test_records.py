@@ -1,5 +1,6 @@
 """Run records: continued after a kill, never after success, found by how their id begins."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from flows.records import OpenRecord, bury_interrupted, load_record, open_record
 from qlora_core.artifacts import Artifact, RegisteredModel
 from qlora_core.config import RunConfig
 from qlora_core.errors import StoreError, UserError
+from tests.training.faulty_disk import FaultyDisk, numberless
 
 
 def recipe(name="cron", rank=16):
@@ -105,6 +107,39 @@ def test_how_a_run_ended_is_written_once(tmp_path):
     record = load_record(tmp_path)
     assert (record.state, record.error) == ("cancelled", None)
     assert record.attempts[-1].ended is not None
+
+
+def test_a_process_that_let_go_of_its_run_writes_nothing_over_its_successors_word(tmp_path):
+    first = open_record(tmp_path, recipe(), "flow-1")
+    first.close("cancelled")
+    second = open_record(tmp_path, recipe(), "flow-2")
+
+    first.add("registered", registered(tmp_path), cached=False)
+    first.track("mlflow-1")
+
+    record = load_record(tmp_path)
+    assert record == second.record
+    assert record.state == "running"
+
+
+def fail_to_write(record: OpenRecord, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next word into a record meet a store that is full, say."""
+    disk = FaultyDisk((record.folder,)).install(monkeypatch)
+    disk.fail_at(numberless(f"open {record.folder.name}/.record.json.new w"), code)
+
+
+def test_a_record_that_cannot_be_written_is_told_and_let_go_of(tmp_path, monkeypatch):
+    first = open_record(tmp_path, recipe(), "flow-1")
+
+    fail_to_write(first, errno.EROFS, monkeypatch)
+    with pytest.raises(StoreError, match=r"record\.json: the file system is read-only"):
+        first.add("registered", registered(tmp_path), cached=False)
+    fail_to_write(first, errno.ENOSPC, monkeypatch)
+    with pytest.raises(StoreError, match=r"record\.json: the disk is full"):
+        first.close("failed")
+
+    assert load_record(tmp_path).state == "interrupted"
+    assert open_record(tmp_path, recipe(), "flow-2").record.run_id == first.record.run_id
 
 
 def _hold(store: Path, ready) -> None:

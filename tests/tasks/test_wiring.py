@@ -127,6 +127,45 @@ def test_a_run_that_is_opened_can_stop_what_waits(config):
         opened.services.check("count")
 
 
+def test_who_ends_a_run_waits_for_its_stages_and_is_told_which_do_not_end(workspace):
+    begun, may_end, saved = threading.Event(), threading.Event(), []
+
+    @stage("stubborn", version=1, facts=Counted)
+    def stubborn(ctx) -> Counted:
+        begun.set()
+        assert may_end.wait(30)
+        return Counted(number=1)
+
+    def keep(role, artifact, cached):
+        time.sleep(0.2)
+        saved.append(role)
+
+    workspace._keep = keep
+    idle = workspace.wait_for_stages(30)
+    running = threading.Thread(target=workspace.produce, args=("one", stubborn))
+    running.start()
+    assert begun.wait(30)
+
+    left = workspace.wait_for_stages(0.1)
+    may_end.set()
+    ended = workspace.wait_for_stages(30)
+
+    assert (idle, left, ended) == ([], ["stubborn"], [])
+    assert saved == ["one"], "what it made is on record by then"
+    running.join()
+
+
+def test_a_stage_that_fails_is_waited_for_no_longer(workspace):
+    @stage("lost", version=1, facts=Counted)
+    def lost(ctx) -> Counted:
+        raise LaunchError("the driver is gone")
+
+    with pytest.raises(LaunchError):
+        workspace.produce("one", lost)
+
+    assert workspace.wait_for_stages(0) == []
+
+
 def test_what_a_stage_raises_because_it_was_stopped_is_told_as_that_and_not_retried(workspace):
     @stage("lost", version=1, facts=Counted)
     def lost(ctx) -> Counted:
