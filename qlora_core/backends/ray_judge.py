@@ -164,6 +164,13 @@ class WorkerMore:
         """Say whether there is room now."""
         return self.fits(ray.nodes())
 
+    def is_unused(self) -> bool:
+        """Say whether nobody uses what it books: a judge that waits is asked for what goes."""
+        free = ray.available_resources()
+        booked = self.booking(ray.nodes())
+        cpus, gpus = booked["num_cpus"], booked["num_gpus"]
+        return free.get("CPU", 0.0) >= cpus and free.get("GPU", 0.0) >= gpus
+
     def is_training_placed(self) -> bool:
         """Say whether all workers that train have their places now."""
         groups = placement_group_table()  # of everybody; an id ends with that of its job

@@ -58,6 +58,9 @@ class Place(Protocol):
     def has_room(self) -> bool:
         """Say whether there is room now beside all that train."""
 
+    def is_unused(self) -> bool:
+        """Say whether nobody uses that place now."""
+
     def is_training_placed(self) -> bool:
         """Say whether all that train have their places now."""
 
@@ -151,7 +154,7 @@ class Measuring:
         """
         if not (self._place.has_room() and self._place.is_training_placed()):
             self.dismiss()
-        elif self._judge is None:
+        elif self._judge is None and self._place.is_unused():
             self._judge = self._place.hire(self._job)
         newest = self._newest()
         if self._judge is None:

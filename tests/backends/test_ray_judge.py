@@ -65,6 +65,25 @@ def test_on_a_ray_of_our_own_cores_are_shared_and_gpus_are_not():
 
 
 @pytest.mark.parametrize(
+    ("free", "workers", "gpus", "expected"),
+    [
+        ({"CPU": 2.0}, 3, 0.0, True),
+        ({"CPU": 1.0}, 3, 0.0, False),
+        ({}, ELASTIC, 0.0, True),
+        ({"CPU": 8.0, "GPU": 1.0}, 3, 1.0, True),
+        ({"CPU": 8.0}, 3, 1.0, False),
+    ],
+)
+def test_a_place_is_unused_when_what_is_booked_is_free(free, workers, gpus, expected, monkeypatch):
+    monkeypatch.setattr(ray, "available_resources", lambda: free)
+    node = {"NodeID": "ab" * 28, "Alive": True, "Resources": GPU_NODE}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    place = WorkerMore(ClusterConfig(address="head:6379", workers=workers), 2, gpus)
+
+    assert place.is_unused() is expected
+
+
+@pytest.mark.parametrize(
     ("groups", "expected"),
     [
         ({}, False),

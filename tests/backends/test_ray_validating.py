@@ -58,6 +58,7 @@ class ScriptedPlace:
 
     is_free: bool = True
     is_training: bool = True
+    is_used: bool = False
     num_wanted: int = 17
     meets: Exception | None = None
     hired: list[ScriptedJudge] = field(default_factory=list)
@@ -66,6 +67,9 @@ class ScriptedPlace:
         if self.meets:
             raise self.meets
         return self.is_free
+
+    def is_unused(self) -> bool:
+        return not self.is_used
 
     def is_training_placed(self) -> bool:
         return self.is_training
@@ -177,6 +181,23 @@ def test_a_store_that_cannot_be_read_for_a_moment_ends_no_measuring(job, place, 
     measuring.poll()
 
     assert place.judge.asked == [10]
+
+
+def test_a_place_that_others_use_is_waited_for_without_a_judge_that_is_asked_meanwhile(job, place):
+    place.is_used = True
+    measuring = Measuring(job, place)
+    measuring.begin()
+    save(job, 10)
+
+    measuring.poll()
+    assert place.hired == []
+    save(job, 20)
+    place.is_used = False
+    measuring.poll()
+    place.is_used = True  # by the judge
+    measuring.poll()
+
+    assert [(judge.asked, judge.is_ended) for judge in place.hired] == [([20], False)]
 
 
 def test_nothing_is_measured_twice_whoever_measured_it(job, place):
@@ -363,7 +384,7 @@ def test_a_range_of_workers_gets_all_places_while_snapshots_are_measured(make_jo
 
 @pytest.mark.ray
 def test_training_gets_the_last_place_and_the_judge_one_that_others_leave(make_job):
-    job, steps = make_job(epochs=800, heldout_every=None, learning_rate=3e-5), []
+    job, steps = make_job(epochs=300, heldout_every=None, learning_rate=3e-5), []
 
     with ray_cluster() as nodes:
         nodes.start_head()
