@@ -166,9 +166,9 @@ class WorkerMore:
 
     def is_unused(self) -> bool:
         """Say whether nobody uses what it books: a judge that waits is asked for what goes."""
-        free = ray.available_resources()
+        free: dict[str, float] = ray.available_resources()
         booked = self.booking(ray.nodes())
-        cpus, gpus = booked["num_cpus"], booked["num_gpus"]
+        cpus, gpus = int(booked["num_cpus"]), float(booked["num_gpus"])
         return free.get("CPU", 0.0) >= cpus and free.get("GPU", 0.0) >= gpus
 
     def is_training_placed(self) -> bool:
