@@ -3,8 +3,8 @@
 The store knows the last order and its answer, the cluster which jobs live. An order whose job runs
 is followed, one that was answered is taken for done, and any other job whose order lies in the
 folder is of an attempt that is over: it is stopped. A job without one is another store's, however
-alike the path. Where a job may be at an order, or the endpoint has let this process in before, one
-that is away or odd is waited for; else its refusal is told at once.
+alike the path. Where a job may be at an order, an endpoint that is away or odd is waited for; one
+that has let this process in before, while it is away. Else a refusal is told at once.
 """
 
 import time
@@ -26,7 +26,7 @@ from qlora_core.training.durable import replace_durably
 T = TypeVar("T")
 _PAUSE_S = 1.0
 _LET_IN: set[str] = set()
-"""Addresses whose endpoint has let this process in: they are right, whatever it answers later."""
+"""Addresses whose endpoint has let this process in: they are right, be it away later."""
 
 
 @dataclass
@@ -106,11 +106,11 @@ class Orders:
         """Make the folder for orders; tell an address that is wrong within seconds."""
         with storing(self.scratch):
             self.scratch.mkdir(parents=True, exist_ok=True)
-        if not self._is_waited_for():
+        if not self._is_right():
             self.client.require_usable()
 
-    def _is_waited_for(self) -> bool:
-        """Say whether an endpoint that is away, or odd, will be the right one all the same."""
+    def _is_right(self) -> bool:
+        """Say whether the address is right, whatever its endpoint answers now."""
         order, address = self._last(), self.client.address
         if order and order.cluster.address == address and order.answer() is None:
             return True  # a job may be at it
@@ -157,7 +157,7 @@ class Orders:
                 _LET_IN.add(self.client.address)
                 return answer
             except QLoraError as error:
-                if not isinstance(error, ClusterAwayError) and not self._is_waited_for():
+                if self._last() is None and not isinstance(error, ClusterAwayError):
                     raise
                 patience.bear(error)
             self.check()

@@ -643,6 +643,18 @@ def test_who_has_started_nothing_is_told_at_once_that_jobs_may_not_be_listed(end
     assert endpoint.asked.count("GET /api/jobs/") == 1
 
 
+def test_who_has_started_nothing_is_told_so_though_the_endpoint_let_another_training_in(
+    endpoint, job
+):
+    endpoint.on_submit = endpoint.finish
+    Flow(endpoint).train(job)
+    endpoint.answers = 403
+    another = job.model_copy(update={"scratch": job.scratch.with_name(".c0ffee99.scratch")})
+
+    with pytest.raises(UserError, match="RAY_AUTH_TOKEN"):
+        Flow(endpoint, patience_s=0.1).train(another)
+
+
 def test_cancelling_while_a_submission_is_on_its_way_stops_the_job_that_comes_of_it(endpoint, job):
     endpoint.late_s = 0.5
 

@@ -201,7 +201,7 @@ def test_an_endpoint_that_is_away_as_an_evaluation_begins_is_waited_for_where_it
     endpoint.on_submit = lambda order: endpoint.finish_asking(order, 1, 2)
     Flow(endpoint).ask(job)
     another = job.model_copy(update={"scratch": job.scratch.with_name(".c0ffee99.scratch")})
-    endpoint.answers = 403
+    endpoint.answers = 503
 
     flow = Flow(endpoint, check=at_check(c2=lambda: setattr(endpoint, "answers", None)))
 
