@@ -21,7 +21,7 @@ from qlora_core.backends.ray_job_order import submission_stem
 from qlora_core.backends.ray_jobs_client import JobsClient
 
 
-def wait_until(condition, timeout_s: float = 90.0) -> None:
+def wait_until(condition, timeout_s: float = 300.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
