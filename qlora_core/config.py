@@ -342,7 +342,7 @@ Strategy = Literal["auto", "ddp", "fsdp"]
 class ClusterConfig(Runtime):
     """Where training runs."""
 
-    address: str | None = None
+    address: str | None = Field(None, min_length=1)
     """A running Ray (`host:6379`, `ray://host:10001`, `auto`), or the Ray Jobs endpoint of a remote
     cluster (`https://host:8265`), where training outlives its flow; none: a Ray started by the run.
     A token comes from the environment: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."""

@@ -349,11 +349,20 @@ def _training_place_notes(
     return [own_code_note()] if is_left else []
 
 
+_DIVIDE = (
+    "It does not fit. More workers (cluster.workers) would keep smaller parts of the base, and "
+    "cluster.offload_base=true keeps them in the hosts' memory."
+)
+
+
 def _offload_notes(config: RunConfig, best: StrategyNeed, device: Device) -> list[str]:
-    if not config.cluster.offload_base or best.host_bytes:
-        return []
     obstacle = obstacle_to_parts(config.quantization.method, is_dora=config.adapter.dora)
     has_host = device.kind == "cuda"
+    if not config.cluster.offload_base:
+        may_divide = has_host and not obstacle and config.cluster.strategy != "ddp"
+        return [] if best.fits or not may_divide else [_DIVIDE]
+    if best.host_bytes:
+        return []
     return [idle_offload_note(config.cluster.strategy, has_host=has_host, obstacle=obstacle)]
 
 

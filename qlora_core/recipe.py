@@ -34,6 +34,7 @@ _FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 _INT = re.compile(r"^[-+]?\d+$")
 _WANTED = {
     "string_type": "should be text",
+    "string_too_short": "should not be empty",
     "tuple_type": "should be a list",
     "model_type": "should be a group of fields (name: value)",
     "model_attributes_type": "should be a group of fields (name: value)",
@@ -190,12 +191,24 @@ def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:
 def _put(data: dict[str, Any], name: str, value: Any, text: str) -> str:
     *parents, last = name.split(".")
     place: Any = data
-    for step in parents:
+    for depth, step in enumerate(parents, start=1):
         if isinstance(place, dict):
             place.setdefault(step, {})
-        place = place[_key(place, step, text)]
+        key = _key(place, step, text)
+        if not isinstance(place[key], dict | list) and _may_be_plain(".".join(parents[:depth])):
+            place[key] = {}  # a range of workers instead of a number
+        place = place[key]
     place[_key(place, last, text)] = value
     return name
+
+
+def _may_be_plain(name: str) -> bool:
+    """Say whether a field takes a group of fields, or something else instead."""
+    parent, _, last = name.rpartition(".")
+    model = _model_at(parent)
+    field = model.model_fields.get(last) if model else None
+    is_one_of = field is not None and not isinstance(field.annotation, type)
+    return is_one_of and _model_at(name) is not None
 
 
 def _key(place: Any, step: str, text: str) -> str | int:

@@ -20,7 +20,7 @@ from qlora_core.artifacts import Artifact, Facts, RegisteredModel
 from qlora_core.backends.memory import SilentProgress
 from qlora_core.backends.mlflow_registry import MlflowRegistry
 from qlora_core.backends.mlflow_tracking import MlflowTracker
-from qlora_core.backends.ray_address import is_jobs_endpoint, require_jobs_address
+from qlora_core.backends.ray_address import is_jobs_endpoint, require_address
 from qlora_core.backends.ray_crew import RayCrew, has_crew
 from qlora_core.backends.ray_jobs import RayJobsLauncher
 from qlora_core.backends.ray_jobs_crew import RayJobsCrew
@@ -229,13 +229,13 @@ def require_workers(config: RunConfig) -> None:
 
     Raises:
         ResourceError: It cannot, and no other cluster is named.
-        UserError: What is named cannot be the address of a Ray Jobs endpoint.
+        UserError: What is named cannot be the address of a Ray, or of a Ray Jobs endpoint.
     """
     cluster = places.cluster(config)
     if cluster.address is None:
         require_local_room(cluster)
-    elif is_jobs_endpoint(cluster.address):
-        require_jobs_address(cluster.address)
+    else:
+        require_address(cluster.address)
 
 
 def resolved_quantization(config: RunConfig) -> QuantizationConfig:

@@ -314,6 +314,15 @@ def test_parts_in_the_hosts_memory_let_a_70b_model_fit_two_small_gpus():
     assert fits(offload_base=True)
 
 
+def test_what_fits_nowhere_is_told_what_would_make_it_fit():
+    def hints(**cluster: object) -> int:
+        return sum("cluster.offload_base=true" in n for n in shape_plan("70b", 24, **cluster).notes)
+
+    assert hints(workers=1) == 1
+    assert hints(workers=1, strategy="ddp") == 0
+    assert hints(workers=8) == 0, "it fits"
+
+
 def shape_plan(size: str, gpu_gb: float, **cluster: object) -> ShapePlan:
     config = recipe(cluster=cluster, merge={"enabled": False})
     shape = shape_of(published_config(size), config.quantization, config.adapter)
@@ -361,7 +370,7 @@ def test_the_hosts_memory_of_an_offloaded_base_is_counted_as_torch_pins_it():
 
 
 def test_a_plan_says_what_evaluation_takes_of_a_node_with_all_workers():
-    (eight,), (one,) = (shape_plan("405b", 80, workers=n).notes for n in (8, 1))
+    (eight,), (_, one) = (shape_plan("405b", 80, workers=n).notes for n in (8, 1))
 
     assert f"{8 * 126 * 2**31 / 1e9:.2f} GB if all 8 share a node" in eight
     assert "share a node" not in one
@@ -390,7 +399,11 @@ def test_of_a_model_that_brings_its_own_code_auto_leaves_the_base_whole_and_the_
         ("8b", 80, []),
         ("405b", 80, ["lies in the host's memory (270.58 GB)", "merge.enabled=false"]),
         ("70b", 80, ["merge.enabled=false"]),
-        ("8b", 5, ["in the host's memory", "evaluation.batch_size", "merge.enabled=false"]),
+        (
+            "8b",
+            5,
+            ["does not fit", "in the host's memory", "evaluation.batch_size", "merge.enabled"],
+        ),
     ],
 )
 def test_a_shape_too_large_for_the_gpu_is_told_where_evaluation_keeps_its_base(size, gpu_gb, said):

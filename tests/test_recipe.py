@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_core.config import WorkerRange
 from qlora_core.errors import ConfigError
 from qlora_core.recipe import load_config, parse_yaml
 
@@ -152,6 +153,12 @@ def test_overrides_win_and_their_paths_start_where_they_were_typed(recipe, tmp_p
     assert config.dataset.source == str(elsewhere / "other.csv")
 
 
+def test_an_address_that_is_empty_is_none_that_was_meant(recipe):
+    told = problems(recipe(), 'cluster.address=""')
+
+    assert 'cluster.address: got ""; should not be empty' in told
+
+
 @pytest.mark.parametrize("override", ["training.learning_rate", "=3", "name.x=3", "a: b=[1"])
 def test_an_override_of_another_form_is_refused(recipe, override):
     problems(recipe(), override)
@@ -271,6 +278,16 @@ def test_an_override_of_a_group_leaves_its_other_fields_as_they_are(recipe):
     assert config.dataset.source == str(path.parent / "rows.jsonl")
     assert config.dataset.max_length == 7
     assert config.dataset.columns == {"completion": "b"}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["cluster.workers={min: 1, max: 4}"], ["cluster.workers.min=1", "cluster.workers.max=4"]],
+)
+def test_an_override_may_make_a_range_of_a_number(recipe, overrides):
+    config = load_config(recipe(MINIMAL + "cluster: {workers: 2}\n"), overrides)
+
+    assert config.cluster.workers == WorkerRange(min=1, max=4)
 
 
 def test_an_override_of_an_item_changes_that_item(recipe):

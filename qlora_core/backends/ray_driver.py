@@ -89,7 +89,8 @@ class _Jobs(threading.Thread):
         if self._home.idle_s is not None:
             self._patience.start()
         try:
-            for line in sys.stdin.buffer:
+            # not buffered: a lock that this thread holds as Python ends would be a fatal error
+            for line in open(sys.stdin.fileno(), "rb", buffering=0, closefd=False):  # noqa: SIM115
                 self._patience.cancel()
                 self._pass_on(Path(os.fsdecode(line.removesuffix(b"\n"))))
         finally:
@@ -169,18 +170,36 @@ def _connect(home: RayHome) -> None:
         }
     try:
         ray.init(**settings)
-    except ray.exceptions.AuthenticationError as error:
-        raise UserError(
-            f"Ray at {home.cluster.address} does not let us in: {str(error).strip()}",
-            fix="Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its token.",
-        ) from error
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (
+        ray.exceptions.AuthenticationError,
+        ConnectionError,
+        RuntimeError,
+        ValueError,
+        TimeoutError,
+    ) as error:
+        if refusal := _refusal(error):
+            raise UserError(
+                f"Ray at {home.cluster.address} does not let us in: {refusal}",
+                fix="Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its "
+                "token, where the run starts and on every node.",
+            ) from error
         kind = HeadLostError if home.cluster.address else LaunchError
         raise kind(
             f"Ray does not answer at {home.cluster.address or 'a local address'}: {error}",
             fix="Check cluster.address and that the cluster runs; leave it out for a Ray of the "
             f"run's own. The log: {home.log}",
         ) from error
+
+
+def _refusal(error: BaseException | None) -> str:
+    """Return what Ray says of our token; nothing if that is not behind ``error``."""
+    import ray
+
+    while error is not None:
+        if isinstance(error, ray.exceptions.AuthenticationError):
+            return str(error).strip().partition("\n")[0]
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def worker_environment() -> dict[str, str]:

@@ -74,6 +74,10 @@ class PlacesAwaited(ControllerCallback):  # type: ignore[misc]  # Ray says nothi
 
     def _tell(self) -> None:
         spec = self._order.awaited()
-        note = f"{self._wanted()} find no places; waiting up to {self._patience_s:g} s for nodes."
+        note = (
+            f"For {_WORTH_A_WORD_S:g} s there have been no workers: nodes were lost, or have no "
+            f"places for {self._cluster.min_workers}, the least that cluster.workers asks for. "
+            f"Waiting up to {self._patience_s:g} s."
+        )
         with suppress(StoreError):  # no room: workers will say so
             add_notes(spec.job.scratch, [note])

@@ -70,8 +70,8 @@ def test_it_is_said_once_that_places_are_waited_for(spec, controller):
         controller(now_s, WAITING[0])
 
     (note,) = notes.read_text().splitlines()
-    assert "2 workers" in note
-    assert "waiting up to 300 s" in note
+    assert "no places for 2, the least" in note
+    assert "Waiting up to 300 s" in note
 
 
 def test_only_time_at_a_stretch_counts(controller):

@@ -320,11 +320,17 @@ def home_of(folder, cluster=ELSEWHERE) -> RayHome:
     return RayHome(cluster=cluster, temp=folder, log=folder / "driver.log", idle_s=None)
 
 
+@pytest.mark.parametrize("is_wrapped", [False, True])
 def test_a_token_that_is_missing_is_a_persons_to_give_and_no_driver_is_lost_for_it(
-    monkeypatch, tmp_path
+    is_wrapped, monkeypatch, tmp_path
 ):
+    """Where Ray finds out as it connects, it says only that it could not."""
+
     def refuse(**_):
-        raise ray.exceptions.AuthenticationError("the token is missing")
+        refusal = ray.exceptions.AuthenticationError("the token is missing")
+        if not is_wrapped:
+            raise refusal
+        raise ConnectionError("failed to connect") from refusal
 
     monkeypatch.setattr(ray, "init", refuse)
 

@@ -320,10 +320,14 @@ def test_training_is_a_job_where_the_address_is_a_jobs_endpoint(
     assert type(by_environment.services.launcher) is launcher
 
 
-def test_what_cannot_be_a_jobs_endpoint_is_told_before_any_work(config):
-    wrong = config.model_copy(update={"cluster": ClusterConfig(address="http://head:port")})
+@pytest.mark.parametrize(
+    ("address", "valid"),
+    [("http://head:port", "http://head:8265"), ("head", "head:6379"), ("h:99999", "head:6379")],
+)
+def test_what_cannot_be_an_address_is_told_before_any_work(config, address, valid):
+    wrong = config.model_copy(update={"cluster": ClusterConfig(address=address)})
 
-    with pytest.raises(UserError, match="http://head:8265"):
+    with pytest.raises(UserError, match=valid):
         make_plan(wrong)
 
 
