@@ -56,8 +56,7 @@ class RayJobsLauncher:
 
     def awake(self) -> AbstractContextManager[None]:
         """Do nothing but say if the endpoint is silent, before the stages in between."""
-        if self.cluster.address is not None:
-            tell_if_silent(self.cluster.address, self.say)
+        tell_if_silent(str(self.cluster.address), self.say)
         return nullcontext()
 
     def train(self, job: TrainJob, on_step: Callable[[StepMetrics], None]) -> None:

@@ -22,8 +22,8 @@ WORKER_PROCESS = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     # For what is given back at once all the same (`modeling.heap`): pages of 2 MB, not of 4 KB.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    # Of a lost peer nccl's watchdog ends the process, and nothing before: Ray Train's own 1 lets
-    # the sum that was under way end early, and a step go on with half of it.
+    # torch's own default: of a lost peer nccl's watchdog ends the process. Ray Train sets 1, which
+    # aborts the sum under way first, so a step might go on with half of it. Not run on GPUs yet.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
 }
 """Environment of a process that trains; read when it starts."""

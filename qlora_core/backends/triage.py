@@ -171,17 +171,17 @@ class Triage:
         return Incident(kind="storage", what=error.what, remedy=remedy), pause_s
 
     def _smaller(self, error: KilledError) -> Incident:
-        self._lose(error)
+        self._lose(error, self.max_failures)
         remedy = "Passes of half as many rows, from the last snapshot."
         return Incident(kind="out_of_memory", what=error.what, remedy=remedy)
 
     def _again(self, error: LostDriverError) -> Incident:
-        self._lose(error)
+        self._lose(error, self.max_failures)
         remedy = "Starting again from the last snapshot."
         return Incident(kind="lost_driver", what="Ray's driver process was lost.", remedy=remedy)
 
     def _launch_again(self, error: LaunchLostError) -> Incident:
-        self._lose(error, most=self.max_failures if self._has_trained() else 1)
+        self._lose(error, self.max_failures if self._has_trained() else min(1, self.max_failures))
         remedy = "Starting again from the last snapshot."
         return Incident(kind="lost_launch", what=error.what, remedy=remedy)
 
@@ -204,6 +204,6 @@ class Triage:
         remedy = f"Asking again in {_ROOM_PAUSE_S:g} s, from the last snapshot."
         return Incident(kind=kind, what=error.what, remedy=remedy)
 
-    def _lose(self, error: LaunchError, most: int | None = None) -> None:
-        if self._lost.one_more() > min(self.max_failures, most or self.max_failures):
+    def _lose(self, error: LaunchError, most: int) -> None:
+        if self._lost.one_more() > most:
             raise error
