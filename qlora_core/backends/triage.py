@@ -31,7 +31,7 @@ from qlora_core.errors import (
 )
 from qlora_core.training.attempt import read_record
 from qlora_core.training.incidents import count, ended_with, note
-from qlora_core.training.snapshot import FOLDER, snapshots_in, step_of
+from qlora_core.training.snapshot import newest_step
 
 PAUSES_S = (5.0, 20.0, 60.0)
 """Before each further try to write to a store that is full, say [seconds]."""
@@ -78,11 +78,9 @@ class _Streak:
         return self.num
 
     def _now(self) -> int | None:
-        folder = self.scratch / FOLDER
         try:
-            with storing(folder, "read"):
-                saved = [step_of(path) for path in snapshots_in(folder)]
-            return max([*read_record(self.scratch).started_after, *saved], default=0)
+            with storing(self.scratch, "read"):
+                return max([newest_step(self.scratch), *read_record(self.scratch).started_after])
         except StoreError:
             return None
 

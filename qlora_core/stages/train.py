@@ -17,7 +17,7 @@ from qlora_core.stages.kept_log import log_kept
 from qlora_core.training.desk import SUMMARY_FILE
 from qlora_core.training.incidents import history
 from qlora_core.training.journal import VALIDATIONS_FILE, CurvePoint, Tail, read_validations
-from qlora_core.training.snapshot import FOLDER, snapshots_in, step_of
+from qlora_core.training.snapshot import newest_step
 
 
 @stage(
@@ -81,7 +81,7 @@ def _listener(ctx: Context, validations: Tail) -> Callable[[StepMetrics], None]:
 def _newest_snapshot(ctx: Context) -> int:
     """Return the step of the newest snapshot of earlier calls, sound or not; 0: there is none."""
     with suppress(OSError):  # training will meet it, and say so
-        return max(map(step_of, snapshots_in(ctx.scratch / FOLDER)), default=0)
+        return newest_step(ctx.scratch)
     return 0
 
 

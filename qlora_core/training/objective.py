@@ -157,46 +157,48 @@ class LossFunction:
         Over a whole base the first pass of training tells, as it can be made again. Where blocks
         come from all workers a pass is made once.
         """
-        head, failure = self._head, None
+        head = self._head
         if trial.base is None or head is None or not self._fuses_head:
             return
-        was_training, returned = self.model.training, None
-        self.model.eval()
-        try:
+
+        def attempt() -> None:
+            self.model.eval()
             returned = trial.run(lambda: self._run(batch, batch.kept_K, passes_through=True))
-        except (CollectiveError, ResourceError):
-            raise
-        except Exception as error:  # whatever an architecture objects to, logits serve it
-            failure = FailedTryError.of(error)
-        finally:
-            self.model.train(was_training)
-        failure = trial.conclude(failure)
-        if failure is not None and failure.lacks_memory:
-            return  # which says nothing of the model
-        if failure is not None or returned is not head.call.returned:
+            if returned is not head.call.returned:
+                raise FailedTryError("what the model returns is not what its head does")
+
+        failure = self._verdict(attempt, trial)
+        if failure is not None and not failure.lacks_memory:  # which says nothing of the model
             self._stop_fusing(was_called=head.call.returned is not None)
 
     def _try_out(
         self, rows: Rows, tried: Indices, device: torch.device, trial: Trial
     ) -> FailedTryError | None:
         """Return why rows are not packed; none: they are."""
-        was_training = self.model.training
         self.draws = True  # until it is shown not to
-        failure = None
-        try:
+
+        def attempt() -> None:
             self.draws = self._draws(collate(rows, tried[:1], device), trial)
             self.model.eval()
             if why := self._difference(rows, tried, device, trial):
-                failure = FailedTryError(why)
+                raise FailedTryError(why)
+
+        verdict = self._verdict(attempt, trial)
+        self.packs = verdict is None
+        return verdict
+
+    def _verdict(self, attempt: Callable[[], None], trial: Trial) -> FailedTryError | None:
+        """Return why ``attempt`` does not work, here or on another worker; none: it does."""
+        was_training, failure = self.model.training, None
+        try:
+            attempt()
         except (CollectiveError, ResourceError):  # nobody is left to agree with
             raise
-        except Exception as error:  # whatever an architecture objects to, padding serves it
+        except Exception as error:  # whatever an architecture objects to, a slower way serves it
             failure = FailedTryError.of(error)
         finally:
             self.model.train(was_training)
-        verdict = trial.conclude(failure)
-        self.packs = verdict is None
-        return verdict
+        return trial.conclude(failure)
 
     def _say(self, failure: FailedTryError | None, device: torch.device) -> None:
         if failure is not None:

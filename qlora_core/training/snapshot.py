@@ -217,6 +217,15 @@ def snapshots_in(root: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: folder.name, reverse=True)
 
 
+def newest_step(scratch: Path) -> int:
+    """Return the step of the newest snapshot, verified or not; 0: there is none.
+
+    Raises:
+        OSError: It cannot be seen.
+    """
+    return max(map(step_of, snapshots_in(scratch / FOLDER)), default=0)
+
+
 def load_adapter(folder: Path) -> dict[str, Tensor]:
     """Return the trained parameters in a snapshot, by name, on the CPU; verify it first."""
     tensors: dict[str, Tensor] = load_file(folder / _ADAPTER)

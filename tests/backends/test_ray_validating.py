@@ -115,22 +115,37 @@ def measured(job) -> list[int]:
     return [each.step for each in told(job) if each.heldout_loss is not None]
 
 
-def test_a_judge_is_begun_when_room_comes_killed_when_it_goes_and_begun_again(job, place):
-    place.is_free = False
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        (
+            "is_free",
+            [
+                "snapshots.validate_beside: there is no room for a worker more; snapshots are "
+                "measured as soon as there is room for 17 workers."
+            ],
+        ),
+        ("is_training", []),
+    ],
+)
+def test_a_judge_is_there_only_while_there_is_room_and_all_that_train_have_theirs(
+    what, told, job, place
+):
+    setattr(place, what, False)
     measuring = Measuring(job, place)
     measuring.begin()
     save(job, 10)
 
     measuring.poll()
     assert place.hired == []
-    place.is_free = True
+    setattr(place, what, True)
     measuring.poll()
     assert place.judge.asked == [10]
-    place.is_free = False
+    setattr(place, what, False)
     measuring.poll()
     measuring.poll()
     assert [judge.is_ended for judge in place.hired] == [True]
-    place.is_free = True
+    setattr(place, what, True)
     measuring.poll()
     measuring.poll()
     assert [judge.is_ended for judge in place.hired] == [True, False]
@@ -139,31 +154,7 @@ def test_a_judge_is_begun_when_room_comes_killed_when_it_goes_and_begun_again(jo
     measuring.poll()
 
     assert measured(job) == [10]
-    assert notes(job) == [
-        "snapshots.validate_beside: there is no room for a worker more; snapshots are measured as "
-        "soon as there is room for 17 workers."
-    ]
-
-
-def test_no_judge_is_there_while_those_that_train_wait_for_their_places(job, place):
-    place.is_training = False
-    measuring = Measuring(job, place)
-    measuring.begin()
-    save(job, 10)
-
-    measuring.poll()
-    assert place.hired == []
-    place.is_training = True
-    measuring.poll()
-    assert place.judge.asked == [10]
-    place.is_training = False
-    measuring.poll()
-    assert [judge.is_ended for judge in place.hired] == [True]
-    place.is_training = True
-    measuring.poll()
-
-    assert place.judge.asked == [10]
-    assert notes(job) == [], "there is room"
+    assert notes(job) == told
 
 
 def test_a_store_that_cannot_be_read_for_a_moment_ends_no_measuring(job, place, monkeypatch):
