@@ -192,12 +192,18 @@ def _connect(home: RayHome) -> None:
 
 
 def _refusal(error: BaseException | None) -> str:
-    """Return what Ray says of our token; nothing if that is not behind ``error``."""
+    """Return what Ray says of our token; nothing if that is not behind ``error``.
+
+    Where it finds out as it connects, that is a line of a traceback in the text of another error.
+    """
     import ray
 
     while error is not None:
+        for line in str(error).splitlines():
+            if "InvalidAuthToken" in line or "AuthenticationError" in line:
+                return line.strip()
         if isinstance(error, ray.exceptions.AuthenticationError):
-            return str(error).strip().partition("\n")[0]
+            return str(error).strip()
         error = error.__cause__ or error.__context__
     return ""
 

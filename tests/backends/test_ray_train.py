@@ -22,7 +22,7 @@ from qlora_core.errors import NoRoomError, NotFiniteError, QLoraError, ResourceE
 from qlora_core.modeling import machine
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.incidents import history
-from tests.backends.ray_nodes import free_port, ray_cluster
+from tests.backends.ray_nodes import TOKEN, free_port, ray_cluster
 
 pytestmark = pytest.mark.usefixtures("one_thread", "processes_before")
 SNAPSHOTS = SnapshotConfig(every_steps=5)
@@ -270,6 +270,23 @@ def test_a_running_ray_is_used_where_an_address_is_given(make_job):
     assert losses(through_client) == losses(steps)
     assert "the cluster says" in said
     assert cleaners == [], "it would outlive a driver that is killed"
+
+
+@pytest.mark.ray
+def test_a_ray_that_wants_a_token_is_not_taken_for_a_lost_head(make_job, monkeypatch):
+    with ray_cluster() as running:
+        for name, value in TOKEN.items():
+            monkeypatch.setenv(name, value)
+        running.start_head()
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+        monkeypatch.delenv("RAY_AUTH_TOKEN")
+        job = make_job()
+
+        with pytest.raises(UserError, match=r"does not let us in.*InvalidAuthToken") as caught:
+            train_on_ray(job, workers=1, address=running.address)
+
+    assert "RAY_AUTH_TOKEN" in caught.value.fix
+    assert history(job.scratch) == ()
 
 
 def test_more_cores_than_the_machine_has_are_refused_at_once(make_job):

@@ -320,17 +320,20 @@ def home_of(folder, cluster=ELSEWHERE) -> RayHome:
     return RayHome(cluster=cluster, temp=folder, log=folder / "driver.log", idle_s=None)
 
 
-@pytest.mark.parametrize("is_wrapped", [False, True])
+@pytest.mark.parametrize("is_told_in_text", [False, True])
 def test_a_token_that_is_missing_is_a_persons_to_give_and_no_driver_is_lost_for_it(
-    is_wrapped, monkeypatch, tmp_path
+    is_told_in_text, monkeypatch, tmp_path
 ):
-    """Where Ray finds out as it connects, it says only that it could not."""
+    """Where Ray finds out as it connects, it says so in the text of another error."""
+    refusal = ray.exceptions.AuthenticationError("InvalidAuthToken: the token is missing")
 
     def refuse(**_):
-        refusal = ray.exceptions.AuthenticationError("the token is missing")
-        if not is_wrapped:
+        if not is_told_in_text:
             raise refusal
-        raise ConnectionError("failed to connect") from refusal
+        last = RuntimeError(
+            f"Failed to connect to GCS. Traceback ...\nAuthenticationError: {refusal}"
+        )
+        raise ConnectionError("Failed to connect to Ray cluster") from last
 
     monkeypatch.setattr(ray, "init", refuse)
 
