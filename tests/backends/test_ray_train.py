@@ -22,7 +22,7 @@ from qlora_core.errors import NoRoomError, NotFiniteError, QLoraError, ResourceE
 from qlora_core.modeling import machine
 from qlora_core.ports import StepMetrics, TrainJob
 from qlora_core.training.incidents import history
-from tests.backends.ray_nodes import TOKEN, free_port, ray_cluster
+from tests.backends.ray_nodes import free_port, ray_cluster
 
 pytestmark = pytest.mark.usefixtures("one_thread", "processes_before")
 SNAPSHOTS = SnapshotConfig(every_steps=5)
@@ -274,13 +274,10 @@ def test_a_running_ray_is_used_where_an_address_is_given(make_job):
 
 @pytest.mark.ray
 def test_a_ray_that_wants_a_token_is_not_taken_for_a_lost_head(make_job, monkeypatch):
-    with ray_cluster() as running:
-        for name, value in TOKEN.items():
-            monkeypatch.setenv(name, value)
+    job = make_job()
+    with ray_cluster() as running, monkeypatch.context() as ours:
         running.start_head()
-        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-        monkeypatch.delenv("RAY_AUTH_TOKEN")
-        job = make_job()
+        ours.setenv("RAY_AUTH_MODE", "disabled")
 
         with pytest.raises(UserError, match=r"does not let us in.*InvalidAuthToken") as caught:
             train_on_ray(job, workers=1, address=running.address)
